@@ -1,0 +1,257 @@
+"""Architectures and the table of published models.
+
+Three kinds of settings are kept apart: *architecture* (the frozen dataclasses below, hashable, static under jit),
+*recipes* (``configs/*.py``) and *runtime choices* (mesh, dtype, attention implementation: arguments with defaults).
+
+Precision, stated once: matrices and matmuls run in the dtype a model is loaded with (bfloat16 by default); norms,
+softmax, modulation and gates, rotary tables, the timestep embedding, the head, solver state and the VAE are float32.
+Loading with ``dtype=jnp.float32`` makes everything float32 with full-precision matmuls: the parity mode.
+
+Sources: Wan2.1 and Wan2.2 repositories, ``wan/configs/*`` and the ``config.json`` of each checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from wan_jax.errors import InputError, nearest
+
+# Official default negative prompts (wan/configs/shared_config.py), configuration constants used verbatim.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+NEGATIVE_PROMPT_I2V = "镜头晃动，" + NEGATIVE_PROMPT
+NEGATIVE_PROMPT_FLF2V = "镜头切换，" + NEGATIVE_PROMPT_I2V
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Diffusion transformer. Source: ``wan/modules/model.py`` WanModel and the released ``config.json`` files."""
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_heads: int = 12
+    num_layers: int = 30
+    in_dim: int = 16  # channels after concatenating the condition: 36 = 16 noisy + 4 mask + 16 condition
+    out_dim: int = 16
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    image_tokens: int = 0  # CLIP tokens per sample that the cross-attention sees beside the text (Wan2.1 I2V, FLF2V)
+    image_dim: int = 1280
+    image_positions: bool = False  # learned position table over the image tokens (FLF2V)
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    def num_params(self) -> int:
+        """Parameters of the whole network, from the closed formula (checked against the checkpoint manifest)."""
+        d, f, patch = self.dim, self.ffn_dim, self.patch_size[0] * self.patch_size[1] * self.patch_size[2]
+        block = 6 * d + 2 * (4 * (d * d + d) + 2 * d) + 2 * d + (2 * d * f + f + d)
+        image = 0
+        if self.image_tokens:
+            block += 2 * (d * d + d) + d
+            i = self.image_dim
+            image = 2 * i + i * i + i + i * d + d + 2 * d + (self.image_tokens * i if self.image_positions else 0)
+        embeddings = (patch * self.in_dim * d + d) + (self.text_dim * d + d + d * d + d)
+        embeddings += (self.freq_dim * d + d + d * d + d) + (6 * d * d + 6 * d)
+        head = 2 * d + patch * self.out_dim * (d + 1)
+        return self.num_layers * block + embeddings + image + head
+
+
+LATENT_MEAN_21 = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+LATENT_STD_21 = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+LATENT_MEAN_22 = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)  # fmt: skip
+LATENT_STD_22 = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Causal video autoencoder. Source: ``wan/modules/vae.py`` (2.1) and ``wan/modules/vae2_2.py`` (2.2)."""
+
+    version: str = "2.1"  # "2.2" adds 2x2 patchify and the parameter-free stage shortcuts
+    dim: int = 96
+    dec_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    latents_mean: tuple[float, ...] = LATENT_MEAN_21
+    latents_std: tuple[float, ...] = LATENT_STD_21
+
+    @property
+    def temporal_stride(self) -> int:
+        return 2 ** sum(self.temporal_downsample)
+
+    @property
+    def spatial_stride(self) -> int:
+        return 2 ** (len(self.dim_mult) - 1) * (2 if self.version == "2.2" else 1)
+
+
+@dataclass(frozen=True)
+class UMT5Config:
+    """umT5 encoder. Source: ``wan/modules/t5.py`` T5Encoder, umt5_xxl."""
+
+    vocab_size: int = 256384
+    dim: int = 4096
+    dim_attn: int = 4096
+    dim_ffn: int = 10240
+    num_heads: int = 64
+    num_layers: int = 24
+    num_buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """CLIP visual tower. Source: ``wan/modules/clip.py`` VisionTransformer, xlm-roberta-large ViT-H/14."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    dim: int = 1280
+    mlp_dim: int = 5120
+    num_heads: int = 16
+    num_layers: int = 32
+    out_dim: int = 1024
+    eps: float = 1e-5
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One published model: its networks, where its files are, and the defaults it was released with.
+
+    ``guidance_scale`` and ``shift`` are the official command-line defaults. For the two-expert models
+    ``guidance_scale`` is ordered (low noise, high noise), as in the official configuration.
+    """
+
+    name: str
+    task: str  # t2v | i2v | flf2v | ti2v
+    dit: DiTConfig
+    vae: VAEConfig
+    sizes: tuple[tuple[int, int], ...]  # (width, height) the model was trained on, the default first
+    repository: str = ""
+    diffusers_repository: str = ""
+    text: UMT5Config = UMT5Config()
+    clip: CLIPConfig | None = None
+    boundary: float | None = None  # two experts: the high-noise one serves timesteps >= boundary * 1000
+    num_steps: int = 50
+    shift: float = 5.0
+    shift_480p: float | None = None  # official I2V default for areas up to 832 x 480
+    guidance_scale: float | tuple[float, float] = 5.0
+    num_frames: int = 81
+    fps: int = 16
+    negative_prompt: str = NEGATIVE_PROMPT
+    licence: str = "Apache-2.0"
+
+    @property
+    def num_experts(self) -> int:
+        return 1 if self.boundary is None else 2
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels: width and height must be multiples of this (VAE stride times the DiT's patch)."""
+        return self.vae.spatial_stride * self.dit.patch_size[1]
+
+    @property
+    def max_area(self) -> int:
+        return max(w * h for w, h in self.sizes)
+
+    @cached_property
+    def num_params(self) -> int:
+        return self.num_experts * self.dit.num_params()
+
+    def takes_image(self) -> bool:
+        return self.task != "t2v"
+
+
+_480P = ((832, 480), (480, 832))
+_720P = ((1280, 720), (720, 1280))
+_14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+_VAE_21 = VAEConfig()
+_VAE_22 = VAEConfig(
+    version="2.2", dim=160, dec_dim=256, z_dim=48, latents_mean=LATENT_MEAN_22, latents_std=LATENT_STD_22
+)
+_DIT_14B = DiTConfig(**_14B)
+_DIT_I2V_21 = DiTConfig(**_14B, in_dim=36, image_tokens=257)
+_DIT_FLF2V = DiTConfig(**_14B, in_dim=36, image_tokens=514, image_positions=True)
+_DIT_I2V_22 = DiTConfig(**_14B, in_dim=36)
+_DIT_5B = DiTConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48)
+
+
+def _spec(name: str, task: str, repository: str, **kw) -> ModelSpec:
+    suffix = "-diffusers" if task == "flf2v" else "-Diffusers"
+    return ModelSpec(
+        name,
+        task,
+        repository=f"Wan-AI/{repository}",
+        diffusers_repository=f"Wan-AI/{repository}{suffix}",
+        **kw,
+    )
+
+
+_I2V_21 = dict(
+    dit=_DIT_I2V_21, vae=_VAE_21, clip=CLIPConfig(), num_steps=40, shift_480p=3.0, negative_prompt=NEGATIVE_PROMPT_I2V
+)
+MODELS: dict[str, ModelSpec] = {
+    spec.name: spec
+    for spec in (
+        _spec("wan2.1-t2v-1.3b", "t2v", "Wan2.1-T2V-1.3B", dit=DiTConfig(), vae=_VAE_21, sizes=_480P),
+        _spec("wan2.1-t2v-14b", "t2v", "Wan2.1-T2V-14B", dit=_DIT_14B, vae=_VAE_21, sizes=_720P + _480P),
+        _spec("wan2.1-i2v-14b-480p", "i2v", "Wan2.1-I2V-14B-480P", sizes=_480P, **_I2V_21),
+        _spec("wan2.1-i2v-14b-720p", "i2v", "Wan2.1-I2V-14B-720P", sizes=_720P, **_I2V_21),
+        _spec(
+            "wan2.1-flf2v-14b-720p", "flf2v", "Wan2.1-FLF2V-14B-720P", dit=_DIT_FLF2V, vae=_VAE_21, clip=CLIPConfig(),
+            sizes=_720P, shift=16.0, negative_prompt=NEGATIVE_PROMPT_FLF2V,
+        ),
+        _spec(
+            "wan2.2-t2v-a14b", "t2v", "Wan2.2-T2V-A14B", dit=_DIT_14B, vae=_VAE_21, sizes=_720P + _480P,
+            boundary=0.875, num_steps=40, shift=12.0, guidance_scale=(3.0, 4.0),
+        ),
+        _spec(
+            "wan2.2-i2v-a14b", "i2v", "Wan2.2-I2V-A14B", dit=_DIT_I2V_22, vae=_VAE_21, sizes=_720P + _480P,
+            boundary=0.9, num_steps=40, guidance_scale=(3.5, 3.5),
+        ),
+        _spec(
+            "wan2.2-ti2v-5b", "ti2v", "Wan2.2-TI2V-5B", dit=_DIT_5B, vae=_VAE_22, sizes=((1280, 704), (704, 1280)),
+            num_frames=121, fps=24,
+        ),
+    )
+}  # fmt: skip
+
+
+def find_model(name: str) -> ModelSpec:
+    """Return the published model called ``name`` (or by its hub repository id); raise with the nearest names."""
+    key = name.lower()
+    for spec in MODELS.values():
+        if key in (spec.name, spec.repository.lower(), spec.diffusers_repository.lower()):
+            return spec
+    raise InputError(f"unknown model {name!r}{nearest(name, MODELS) or '; known: ' + ', '.join(MODELS)}")

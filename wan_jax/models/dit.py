@@ -1,0 +1,224 @@
+"""The Wan diffusion transformer: Wan2.1 and Wan2.2; text, image, first-last-frame and TI2V conditioning by config.
+
+Axes: ``B`` batch, ``T H W`` latent frames, rows, columns, ``C`` latent channels, ``L`` video tokens, ``S`` text tokens,
+``I`` image tokens, ``D`` width, ``N`` heads, ``K`` head size, ``E`` distinct timesteps per sample (1 or 2).
+Source: ``wan/modules/model.py`` of both repositories; parameter names follow their checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from wan_jax.config import DiTConfig
+from wan_jax.nn.attention import attention
+from wan_jax.nn.layers import MLP, LayerNorm, Linear, RMSNorm, gelu_erf, gelu_tanh, layer_norm, param, timestep_embedding
+from wan_jax.nn.rope import rope_table, rotate
+from wan_jax.nn.stack import apply_stack, init_stack
+from wan_jax.parallel import constrain
+
+Array = jax.Array
+
+
+def select(values_BED: Array, token_time: Array | None) -> Array:
+    """One vector per token out of the one or two of its sample: [B, 1, D], or [B, L, D] that XLA fuses into its use."""
+    if token_time is None:
+        return values_BED[:, :1]
+    return jnp.where(token_time[..., None] == 0, values_BED[:, :1], values_BED[:, 1:2])
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with RMS-normed queries and keys; image tokens get keys and values of their own.
+
+    The norms run over the full width, before the split into heads.
+    """
+
+    def __init__(self, cfg: DiTConfig, *, image: bool = False, dtype: Any, rngs: nnx.Rngs):
+        def linear() -> Linear:
+            return Linear(cfg.dim, cfg.dim, dtype=dtype, rngs=rngs)
+
+        def norm() -> RMSNorm:
+            return RMSNorm(cfg.dim, eps=cfg.eps, rngs=rngs)
+
+        self.q, self.k, self.v, self.o = linear(), linear(), linear(), linear()
+        self.norm_q, self.norm_k = norm(), norm()
+        self.num_heads = cfg.num_heads
+        if image:
+            self.k_img, self.v_img, self.norm_k_img = linear(), linear(), norm()
+
+    def __call__(
+        self, x_BLD: Array, context_BSD: Array, *, rope: tuple[Array, Array] | None = None, image_BID: Array | None = None
+    ) -> Array:
+        dtype = self.q.kernel.dtype
+        q, k = self.norm_q(self.q(x_BLD)), self.norm_k(self.k(context_BSD))
+        q, k, v = self._heads(q), self._heads(k), self._heads(self.v(context_BSD))
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        q = q.astype(dtype)
+        out = attention(q, k.astype(dtype), v)
+        if image_BID is not None:
+            k_img = self._heads(self.norm_k_img(self.k_img(image_BID))).astype(dtype)
+            out = out + attention(q, k_img, self._heads(self.v_img(image_BID)))
+        return self.o(out.reshape(x_BLD.shape))
+
+    def _heads(self, x_BLD: Array) -> Array:
+        return x_BLD.reshape(*x_BLD.shape[:2], self.num_heads, -1)
+
+
+class Block(nnx.Module):
+    """Self-attention and MLP, both modulated and gated by the timestep; plain text cross-attention between them.
+
+    Modulation, norms, gates and the residual stream are float32. Source: WanAttentionBlock.
+    """
+
+    def __init__(self, cfg: DiTConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.self_attn = Attention(cfg, dtype=dtype, rngs=rngs)
+        self.norm3 = LayerNorm(cfg.dim, eps=cfg.eps, rngs=rngs)  # the official number; norms 1 and 2 have no weights
+        self.cross_attn = Attention(cfg, image=cfg.image_tokens > 0, dtype=dtype, rngs=rngs)
+        self.ffn = MLP(cfg.dim, cfg.ffn_dim, cfg.dim, act=gelu_tanh, dtype=dtype, rngs=rngs)
+        self.modulation = param(rngs, (6, cfg.dim), std=cfg.dim**-0.5)
+        self.eps = cfg.eps
+
+    def __call__(
+        self, x_BLD: Array, time_BE6D: Array, token_time: Array | None, text: Array, image: Array | None, rope: Any
+    ) -> tuple[Array, dict[str, Array]]:
+        modulation = jnp.moveaxis(self.modulation[...] + time_BE6D, 2, 0)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (select(m, token_time) for m in modulation)
+
+        h = layer_norm(x_BLD, self.eps) * (1 + scale1) + shift1
+        self_attn = self.self_attn(h, h, rope=rope)
+        x_BLD = x_BLD + gate1 * self_attn
+
+        cross_attn = self.cross_attn(self.norm3(x_BLD), text, image_BID=image)
+        x_BLD = x_BLD + cross_attn
+
+        h = layer_norm(x_BLD, self.eps) * (1 + scale2) + shift2
+        x_BLD = x_BLD + gate2 * self.ffn(h)
+        x_BLD = constrain(x_BLD, "B", "L", None)
+        return x_BLD, {"self_attn": self_attn, "cross_attn": cross_attn, "block": x_BLD}
+
+
+class ImageEmbedding(nnx.Module):
+    """CLIP tokens to width D. FLF2V adds a position table over the tokens of both images. Source: MLPProj."""
+
+    def __init__(self, cfg: DiTConfig, *, dtype: Any, rngs: nnx.Rngs):
+        if cfg.image_positions:
+            self.emb_pos = param(rngs, (cfg.image_tokens, cfg.image_dim))
+        self.norm1 = LayerNorm(cfg.image_dim, eps=1e-5, rngs=rngs)
+        self.fc1 = Linear(cfg.image_dim, cfg.image_dim, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(cfg.image_dim, cfg.dim, dtype=dtype, rngs=rngs)
+        self.norm2 = LayerNorm(cfg.dim, eps=1e-5, rngs=rngs)
+
+    def __call__(self, clip_BIC: Array) -> Array:
+        if hasattr(self, "emb_pos"):
+            clip_BIC = clip_BIC + self.emb_pos[...]
+        return self.norm2(self.fc2(gelu_erf(self.fc1(self.norm1(clip_BIC)))))
+
+
+class Head(nnx.Module):
+    """Modulated norm and projection to patches. Uses the time embedding itself, not its projection."""
+
+    def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
+        pt, ph, pw = cfg.patch_size
+        self.head = Linear(cfg.dim, pt * ph * pw * cfg.out_dim, rngs=rngs)
+        self.modulation = param(rngs, (2, cfg.dim), std=cfg.dim**-0.5)
+        self.eps = cfg.eps
+
+    def __call__(self, x_BLD: Array, time_BED: Array, token_time: Array | None) -> Array:
+        shift, scale = (select(m + time_BED, token_time) for m in self.modulation[...])
+        return self.head(layer_norm(x_BLD, self.eps) * (1 + scale) + shift)
+
+
+class DiT(nnx.Module):
+    """Velocity of a noisy latent video, given the timestep and the conditions.
+
+    Matrices are held and multiplied in ``dtype``; timestep embedding, modulation, norms, rotary tables and the head
+    are float32 whatever ``dtype`` is. The module is a pytree: pass it to `jax.jit`, `jax.grad` or `jax.vmap`.
+    """
+
+    def __init__(self, cfg: DiTConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        patch = cfg.patch_size[0] * cfg.patch_size[1] * cfg.patch_size[2]
+        self.cfg = cfg
+        self.patch_embedding = Linear(patch * cfg.in_dim, cfg.dim, dtype=dtype, rngs=rngs)
+        self.text_embedding = MLP(cfg.text_dim, cfg.dim, cfg.dim, act=gelu_tanh, dtype=dtype, rngs=rngs)
+        self.time_embedding = MLP(cfg.freq_dim, cfg.dim, cfg.dim, act=jax.nn.silu, rngs=rngs)
+        self.time_projection = Linear(cfg.dim, 6 * cfg.dim, rngs=rngs)
+        if cfg.image_tokens:
+            self.img_emb = ImageEmbedding(cfg, dtype=dtype, rngs=rngs)
+        self.blocks = init_stack(lambda rngs: Block(cfg, dtype=dtype, rngs=rngs), cfg.num_layers, rngs)
+        self.head = Head(cfg, rngs=rngs)
+
+    def __call__(
+        self,
+        latents_BTHWC: Array,
+        timesteps: Array,
+        text_BSC: Array,
+        *,
+        condition_BTHWC: Array | None = None,
+        image_BIC: Array | None = None,
+        token_time: Array | None = None,
+        remat: bool = False,
+        capture: bool = False,
+    ) -> Any:
+        """Predict the velocity ``noise - clean``.
+
+        Args:
+            latents_BTHWC: noisy latents; H and W divisible by the patch.
+            timesteps: [B] in 0...1000, or [B, 2] when tokens of one sample have one of two timesteps.
+            text_BSC: umT5 features, zero rows up to ``text_len``: the padding is attended to, as in training.
+            condition_BTHWC: mask and condition latents, concatenated behind the noisy channels (I2V, FLF2V).
+            image_BIC: CLIP features (Wan2.1 I2V: 257 tokens; FLF2V: 514, first image then last).
+            token_time: [B or 1, L] int, which of the two timesteps each token has (TI2V: 1 on the clean first frame).
+            remat: recompute blocks in the backward pass.
+            capture: also return a dict of named intermediates; ``self_attn``, ``cross_attn`` and ``block`` carry a
+                leading layer axis.
+        Returns:
+            [B, T, H, W, out_dim] float32 (and the dict).
+        """
+        cfg = self.cfg
+        x = latents_BTHWC
+        if condition_BTHWC is not None:
+            x = jnp.concatenate([x, condition_BTHWC.astype(x.dtype)], axis=-1)
+        if x.shape[-1] != cfg.in_dim:
+            raise ValueError(f"{x.shape[-1]} channels with the condition, this model takes {cfg.in_dim}")
+        x, grid = patchify(x, cfg.patch_size)
+        x = constrain(self.patch_embedding(x).astype(jnp.float32), "B", "L", None)
+
+        timesteps = timesteps.reshape(x.shape[0], -1).astype(jnp.float32)
+        time_BED = self.time_embedding(timestep_embedding(timesteps, cfg.freq_dim))
+        time_BE6D = self.time_projection(jax.nn.silu(time_BED)).reshape(*time_BED.shape[:2], 6, cfg.dim)
+
+        text = self.text_embedding(text_BSC)
+        image = self.img_emb(image_BIC) if cfg.image_tokens else None
+        rope = rope_table(grid, cfg.head_dim)
+
+        def block(module: Block, x: Array) -> tuple[Array, Any]:
+            x, out = module(x, time_BE6D, token_time, text, image, rope)
+            return x, out if capture else None
+
+        x, out = apply_stack(self.blocks, x, block, remat=remat)
+        x = self.head(x, time_BED, token_time)
+        velocity = unpatchify(x, grid, cfg.patch_size)
+        if not capture:
+            return velocity
+        return velocity, out | {"time_embedding": time_BED, "text_tokens": text, "image_tokens": image, "head": x}
+
+
+def patchify(x_BTHWC: Array, patch: tuple[int, int, int]) -> tuple[Array, tuple[int, int, int]]:
+    """Cut into patches: [B, L, pt*ph*pw*C] (channels fastest) and the grid of tokens."""
+    B, T, H, W, C = x_BTHWC.shape
+    pt, ph, pw = patch
+    grid = (T // pt, H // ph, W // pw)
+    x = x_BTHWC.reshape(B, grid[0], pt, grid[1], ph, grid[2], pw, C)
+    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(B, grid[0] * grid[1] * grid[2], pt * ph * pw * C), grid
+
+
+def unpatchify(x_BLC: Array, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Array:
+    """Inverse of `patchify`."""
+    B = x_BLC.shape[0]
+    (t, h, w), (pt, ph, pw) = grid, patch
+    x = x_BLC.reshape(B, t, h, w, pt, ph, pw, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(B, t * pt, h * ph, w * pw, -1)

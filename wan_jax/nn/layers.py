@@ -1,0 +1,113 @@
+"""The shared layers. Declared as `flax.nnx` modules, run as plain pytrees.
+
+Axes: ``B`` batch, ``L`` tokens, ``D`` width, ``F`` MLP width.
+A `Linear` computes in the dtype of its own kernel; norms compute and return float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+Array = jax.Array
+
+
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], dtype=jnp.float32, *, std: float = 0.0, fill: float = 0.0) -> nnx.Param:
+    """A parameter drawn from N(fill, std^2); constant when ``std`` is 0."""
+    if std == 0.0:
+        return nnx.Param(jnp.full(shape, fill, dtype))
+    return nnx.Param((fill + std * jax.random.normal(rngs.params(), shape)).astype(dtype))
+
+
+def matmul_precision(dtype) -> jax.lax.Precision:
+    """Full float32 products in float32 mode (TPU and GPU would round to bf16 or TF32), the fast path otherwise."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+class Linear(nnx.Module):
+    """``y = x @ kernel + bias`` with kernel [in, out]; input and output in the kernel's dtype."""
+
+    def __init__(self, d_in: int, d_out: int, *, bias: bool = True, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.kernel = param(rngs, (d_in, d_out), dtype, std=d_in**-0.5)
+        self.bias = param(rngs, (d_out,), dtype) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        kernel = self.kernel[...]
+        y = jnp.dot(x.astype(kernel.dtype), kernel, precision=matmul_precision(kernel.dtype))
+        return y if self.bias is None else y + self.bias[...]
+
+
+class MLP(nnx.Module):
+    """``fc2(act(fc1(x)))``."""
+
+    def __init__(self, d_in: int, d_hidden: int, d_out: int, *, act: Callable, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.fc1 = Linear(d_in, d_hidden, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(d_hidden, d_out, dtype=dtype, rngs=rngs)
+        self.act = act
+
+    def __call__(self, x: Array) -> Array:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def gelu_tanh(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+def gelu_erf(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+def layer_norm(x: Array, eps: float) -> Array:
+    """LayerNorm over the last axis without parameters, in float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm with weight and bias, in float32."""
+
+    def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs):
+        self.weight = param(rngs, (dim,), fill=1.0)
+        self.bias = param(rngs, (dim,))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        return layer_norm(x, self.eps) * self.weight[...] + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, in float32."""
+
+    def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs):
+        self.weight = param(rngs, (dim,), fill=1.0)
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * self.weight[...]
+
+
+def timestep_embedding(t: Array, dim: int) -> Array:
+    """Sinusoid of the timestep, cosines first: ``[cos(t w_i), sin(t w_i)]`` with ``w_i = 10000^(-i / (dim/2))``.
+
+    Args:
+        t: [...] float32 in [0, 1000], any fraction.
+    Returns:
+        [..., dim] float32, within 1e-6 of the float64 formula that the official code evaluates. A float32 product
+        ``t * w`` alone would be off by up to 6e-5; here the angle is kept in turns, its integer part is
+        cut off exactly by the wrap-around of 32-bit integers.
+    Source: ``sinusoidal_embedding_1d`` in wan/modules/model.py.
+    """
+    turns = 10000.0 ** (-np.arange(dim // 2) / (dim // 2)) / (2 * np.pi)
+    fixed = np.round(turns * 2**32)
+    rest = jnp.asarray(turns - fixed / 2**32, jnp.float32)
+    whole = jnp.floor(t)[..., None]
+    wrapped = whole.astype(jnp.uint32) * jnp.asarray(fixed.astype(np.uint32))
+    signed = jax.lax.bitcast_convert_type(wrapped, jnp.int32).astype(jnp.float32) * 2.0**-32
+    angle = 2 * np.pi * (signed + whole * rest + (t[..., None] - whole) * jnp.asarray(turns, jnp.float32))
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)

@@ -1,0 +1,142 @@
+"""Where arrays live: the mesh, which axis of which parameter is cut, and the constraint used inside the networks.
+
+A mesh has four axes. ``data`` cuts the batch (the guidance pair, several clips), ``fsdp`` and ``seq`` cut tokens or
+rows of the picture, ``fsdp`` and ``tensor`` cut weights. Layers know nothing of this: every network has one ordered
+table *parameter path -> logical axes* (first match wins, a parameter without a rule is an error), and one dictionary
+says on which mesh axes a logical axis lies. An axis that does not divide evenly stays whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from wan_jax.errors import InputError, WanError, nearest
+
+MESH_AXES = ("data", "fsdp", "seq", "tensor")
+
+# Logical axis -> mesh axes. Weights: the contracted width is cut by fsdp, the wide side by tensor.
+WEIGHT_AXES: dict[str | None, str | None] = {"layer": None, "in": "fsdp", "out": "tensor", "vocab": "tensor", None: None}
+# Activations at block borders. Tokens and picture rows follow fsdp too, so that an fsdp-only mesh shares the work.
+ACTIVATION_AXES: dict[str | None, tuple[str, ...]] = {
+    "B": ("data",), "L": ("fsdp", "seq"), "H": ("fsdp", "seq"), "N": ("tensor",), None: (),
+}  # fmt: skip
+
+_REPLICATED: tuple[None, ...] = ()
+RULES: dict[str, tuple[tuple[str, tuple[str | None, ...]], ...]] = {
+    "dit": (
+        (r"blocks\.(self_attn|cross_attn)\.(q|k|v|k_img|v_img)\.kernel", ("layer", "in", "out")),
+        (r"blocks\.(self_attn|cross_attn)\.(q|k|v|k_img|v_img)\.bias", ("layer", "out")),
+        (r"blocks\.(self_attn|cross_attn)\.o\.kernel", ("layer", "out", "in")),
+        (r"blocks\.ffn\.fc1\.kernel", ("layer", "in", "out")),
+        (r"blocks\.ffn\.fc1\.bias", ("layer", "out")),
+        (r"blocks\.ffn\.fc2\.kernel", ("layer", "out", "in")),
+        (r"blocks\..*\.bias|blocks\..*norm.*|blocks\.modulation", _REPLICATED),
+        (r"(text_embedding|time_embedding|img_emb)\.fc[12]\.kernel", ("in", "out")),
+        (r"time_projection\.kernel", ("in", "out")),
+        (r"patch_embedding\.kernel", (None, "in")),
+        (r"head\.head\.kernel", ("in", None)),
+        (r".*\.bias|img_emb\.(norm[12]\.(weight|bias)|emb_pos)|head\.modulation", _REPLICATED),
+    ),
+    "vae": (
+        (r".*(conv1|conv2|residual\.[26]|shortcut|resample\.1|time_conv|head\.2|to_qkv|proj)\.kernel", _REPLICATED),
+        (r".*(bias|gamma)", _REPLICATED),
+    ),
+    "text_encoder": (
+        (r"token_embedding\.embedding", ("vocab", "in")),
+        (r"blocks\.attn\.[qkv]\.kernel", ("layer", "in", "out")),
+        (r"blocks\.attn\.o\.kernel", ("layer", "out", "in")),
+        (r"blocks\.ffn\.(gate|fc1)\.kernel", ("layer", "in", "out")),
+        (r"blocks\.ffn\.fc2\.kernel", ("layer", "out", "in")),
+        (r".*norm.*\.weight|blocks\.pos_embedding\.embedding", _REPLICATED),
+    ),
+    "image_encoder": (
+        (r"transformer\.(attn\.to_qkv|mlp\.fc1)\.kernel", ("layer", "in", "out")),
+        (r"transformer\.(attn\.proj|mlp\.fc2)\.kernel", ("layer", "out", "in")),
+        (r"patch_embedding\.kernel|(cls|pos)_embedding|transformer\..*|(pre|post)_norm\..*|head", _REPLICATED),
+    ),
+}  # fmt: skip
+
+
+def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Build a mesh with the four axes of this package.
+
+    Args:
+        axes: sizes by name, ``{"fsdp": 4, "seq": 2}``; missing ones are 1; one may be -1 (what is left).
+            None puts every device on ``fsdp``.
+        devices: default ``jax.devices()``.
+    Raises:
+        InputError: unknown axis, or sizes that do not multiply to the number of devices.
+    """
+    devices = list(devices or jax.devices())
+    sizes = {name: 1 for name in MESH_AXES} | dict(axes or {"fsdp": -1})
+    for name in sizes.keys() - set(MESH_AXES):
+        raise InputError(f"unknown mesh axis {name!r}: use {', '.join(MESH_AXES)}{nearest(name, MESH_AXES)}")
+    fixed = int(np.prod([n for n in sizes.values() if n != -1]))
+    open_axes = [name for name, n in sizes.items() if n == -1]
+    if len(open_axes) == 1 and len(devices) % fixed == 0:
+        sizes[open_axes[0]] = len(devices) // fixed
+    shape = tuple(sizes[name] for name in MESH_AXES)
+    if int(np.prod(shape)) != len(devices):
+        raise InputError(f"mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {np.prod(shape)} devices, found {len(devices)}")
+    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Read ``"fsdp=4,seq=2"``."""
+    try:
+        return {name.strip(): int(size) for name, size in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise InputError(f"mesh {text!r}: expected name=size pairs such as fsdp=4,seq=2") from error
+
+
+def use_mesh(mesh: Mesh | None):
+    """Context in which `constrain` acts; without a mesh it does nothing."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def _spec(shape: Sequence[int], axes: Sequence[Any], sizes: Mapping[str, int]) -> PartitionSpec:
+    """Drop mesh axes that are absent or do not divide their dimension."""
+    spec = []
+    for size, names in zip(shape, axes, strict=True):
+        kept, left = [], size
+        for name in (names,) if isinstance(names, str) else names or ():
+            if sizes.get(name, 1) > 1 and left % sizes[name] == 0:
+                kept.append(name)
+                left //= sizes[name]
+        spec.append(tuple(kept) or None)
+    return PartitionSpec(*spec)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Fix how an activation lies on the current mesh, one letter of `ACTIVATION_AXES` (or None) per dimension."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = _spec(x.shape, [ACTIVATION_AXES[a] for a in axes], dict(mesh.shape))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def param_sharding(network: str, path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Sharding of the parameter at ``path`` of ``network`` (a key of `RULES`).
+
+    Raises:
+        WanError: no rule matches, or the rule has another number of axes than the parameter.
+    """
+    for pattern, axes in RULES[network]:
+        if re.fullmatch(pattern, path):
+            axes = axes or (None,) * len(shape)
+            if len(axes) != len(shape):
+                raise WanError(f"sharding rule {pattern!r} has {len(axes)} axes, {network} {path} has shape {tuple(shape)}")
+            return NamedSharding(mesh, _spec(shape, [WEIGHT_AXES[a] for a in axes], dict(mesh.shape)))
+    raise WanError(f"no sharding rule for {network} parameter {path}: add one to wan_jax.parallel.RULES")
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,310 @@
+"""Apply a table of names to an abstract model: official or diffusers checkpoints -> parameters, and back.
+
+A table (``weights/maps``) is a list of `Row`: our module path, a kind, and the module's name in each layout. A
+kind is a closed set of transforms with inverses, so one table serves import, export and the coverage check. The
+engine is strict: every source key is used exactly once or ignored with a reason, every target leaf is filled exactly
+once, shapes agree; all faults are reported together. It streams: read one tensor, transform, cast, place on its
+shards, drop its pages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from wan_jax.checkpoint import flatten_params, unflatten_like
+from wan_jax.errors import CheckpointError
+from wan_jax.parallel import param_sharding
+
+Array = np.ndarray
+
+
+class Row(NamedTuple):
+    """One module: our path, how its arrays are laid out, and its name in the two published layouts.
+
+    ``{i}`` in a source name runs over the layer axis of a stacked module. A tuple of names is concatenated along the
+    output axis (Hugging Face keeps q, k, v apart where the official file fuses them). ``shape`` gives the source shape
+    in each layout where ours does not determine it (singleton axes, patches); one entry may be -1.
+    """
+
+    path: str
+    kind: str
+    official: str | tuple[str, ...]
+    diffusers: str | tuple[str, ...]
+    shape: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+    def names(self, layout: str) -> tuple[str, ...]:
+        names = self.official if layout == "official" else self.diffusers
+        return (names,) if isinstance(names, str) else names
+
+    def source_shape(self, layout: str) -> tuple[int, ...] | None:
+        return self.shape and self.shape[LAYOUTS.index(layout)]
+
+
+LAYOUTS = ("official", "diffusers")
+
+
+class Transform(NamedTuple):
+    """``load`` turns the source array into ours; ``save`` inverts it, given the row's source shape if it has one."""
+
+    load: Callable[[Array], Array]
+    save: Callable[[Array, tuple[int, ...] | None], Array]
+
+
+def _reshape(x: Array, shape: tuple[int, ...] | None) -> Array:
+    return x if shape is None else x.reshape(shape)
+
+
+def _patch_out(x: Array, shape: tuple[int, ...] | None) -> Array:
+    _, channels, *patch = shape
+    return np.moveaxis(x.reshape(*patch, channels, -1), (-1, -2), (0, 1))
+
+
+_KEEP = Transform(lambda x: x, _reshape)
+# [out, in, ...] <-> [..., in, out]: matrices and convolutions of any rank.
+_CONV = Transform(
+    lambda x: np.moveaxis(x, (0, 1), (-1, -2)), lambda x, shape: np.moveaxis(x, (-1, -2), (0, 1))
+)
+# [out, in, *patch] <-> matrix [patch * in, out], channels fastest.
+_PATCH = Transform(lambda x: np.moveaxis(x, (0, 1), (-1, -2)).reshape(-1, x.shape[0]), _patch_out)
+# kind -> (our leaf, source leaf, transform); leaves that our module does not have are skipped. "" is the name itself.
+KINDS: dict[str, tuple[tuple[str, str, Transform], ...]] = {
+    "linear": (("kernel", "weight", _CONV), ("bias", "bias", _KEEP)),
+    "conv": (("kernel", "weight", _CONV), ("bias", "bias", _KEEP)),
+    "patch": (("kernel", "weight", _PATCH), ("bias", "bias", _KEEP)),
+    "norm": (("weight", "weight", _KEEP), ("bias", "bias", _KEEP)),
+    "gamma": (("gamma", "gamma", _KEEP),),
+    "embed": (("embedding", "weight", _KEEP),),
+    "array": (("", "", _KEEP),),
+}
+
+
+class Piece(NamedTuple):
+    """Where a part of one of our leaves comes from: rows ``[layer]`` and output columns ``start:stop`` of the leaf."""
+
+    source: str
+    layer: int | None
+    part: int
+    parts: int
+
+
+@dataclass
+class Leaf:
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    transform: Transform
+    pieces: list[Piece]
+    source_shape: tuple[int, ...] | None = None
+
+
+def _join(prefix: str, leaf: str) -> str:
+    return f"{prefix}.{leaf}" if leaf else prefix
+
+
+def plan(abstract: Any, rows: Iterable[Row], layout: str) -> tuple[dict[str, Leaf], list[str]]:
+    """Match the rows with the leaves of a model (arrays or shapes). Returns the leaves by path, and the faults."""
+    shapes = flatten_params(abstract)
+    leaves: dict[str, Leaf] = {}
+    faults = []
+    for row in rows:
+        names = row.names(layout)
+        found = False
+        for ours, theirs, transform in KINDS[row.kind]:
+            path = _join(row.path, ours)
+            if path not in shapes:
+                continue
+            found = True
+            if path in leaves:
+                faults.append(f"{path}: filled by two rows of the table")
+                continue
+            shape, dtype = tuple(shapes[path].shape), shapes[path].dtype
+            layers = range(shape[0]) if "{i}" in names[0] else (None,)
+            pieces = [
+                Piece(_join(name.replace("{i}", str(i)), theirs), i, part, len(names))
+                for i in layers
+                for part, name in enumerate(names)
+            ]
+            leaves[path] = Leaf(path, shape, dtype, transform, pieces, row.source_shape(layout) if ours != "bias" else None)
+        if not found:
+            faults.append(f"{row.path}: in the table, not in the model")
+    faults += [f"{path}: in the model, without a row in the table" for path in shapes.keys() - leaves.keys()]
+    return leaves, sorted(faults)
+
+
+@dataclass
+class Coverage:
+    """What `check` found. ``faults`` is empty when the checkpoint fits the model exactly."""
+
+    used: dict[str, str] = field(default_factory=dict)  # source key -> our path
+    ignored: dict[str, str] = field(default_factory=dict)  # source key -> reason
+    faults: list[str] = field(default_factory=list)
+
+    def raise_faults(self, what: str) -> None:
+        if self.faults:
+            shown = self.faults[:40] + ([f"... and {len(self.faults) - 40} more"] if len(self.faults) > 40 else [])
+            raise CheckpointError(f"{what} does not fit the model ({len(self.faults)} faults):\n  " + "\n  ".join(shown))
+
+
+def check(
+    abstract: Any,
+    rows: Iterable[Row],
+    source: Mapping[str, Any],
+    *,
+    layout: str = "official",
+    ignore: Iterable[tuple[str, str]] = (),
+) -> Coverage:
+    """Compare names and shapes of a checkpoint with a model, reading no data.
+
+    Args:
+        abstract: the model, or its abstract evaluation.
+        source: name -> anything with ``.shape`` and ``.dtype``.
+        ignore: (regular expression, reason) for source keys that the model does not use.
+    """
+    leaves, faults = plan(abstract, rows, layout)
+    coverage = Coverage(faults=faults)
+    for leaf in leaves.values():
+        for piece in leaf.pieces:
+            if piece.source not in source:
+                coverage.faults.append(f"{piece.source}: missing in the checkpoint (for {leaf.path})")
+                continue
+            if piece.source in coverage.used:
+                coverage.faults.append(f"{piece.source}: used twice, for {coverage.used[piece.source]} and {leaf.path}")
+            coverage.used[piece.source] = leaf.path
+            tensor = source[piece.source]
+            got, expected = tuple(tensor.shape), piece_shape(leaf)
+            if int(np.prod(got)) != int(np.prod(expected)) or _loaded_shape(got, leaf) != expected:
+                coverage.faults.append(f"{piece.source}: shape {got} does not give {leaf.path} {expected}")
+            if not jax.numpy.issubdtype(tensor.dtype, np.floating):
+                coverage.faults.append(f"{piece.source}: dtype {tensor.dtype}, expected floating point")
+    for key in source:
+        if key not in coverage.used:
+            reason = next((why for pattern, why in ignore if re.fullmatch(pattern, key)), None)
+            if reason:
+                coverage.ignored[key] = reason
+            else:
+                coverage.faults.append(f"{key}: in the checkpoint, unknown to the model")
+    return coverage
+
+
+def piece_shape(leaf: Leaf) -> tuple[int, ...]:
+    """Shape of one piece in our layout."""
+    first = leaf.pieces[0]
+    shape = leaf.shape if first.layer is None else leaf.shape[1:]
+    return (*shape[:-1], shape[-1] // first.parts)
+
+
+def _loaded_shape(shape: tuple[int, ...], leaf: Leaf) -> tuple[int, ...]:
+    """Shape that the transform gives for a source shape, without data."""
+    if leaf.transform is _KEEP:
+        return piece_shape(leaf)  # singleton axes may differ; the element count is compared by the caller
+    if len(shape) < 2:
+        return shape
+    return leaf.transform.load(np.broadcast_to(np.int8(0), shape)).shape
+
+
+def _host_array(tensor: Any) -> Array:
+    return tensor.numpy() if hasattr(tensor, "numpy") else np.asarray(tensor)
+
+
+def _read(leaf: Leaf, source: Mapping[str, Any], index: tuple[slice, ...]) -> Array:
+    """The block ``index`` of a leaf, in our layout and dtype."""
+    starts = [s.indices(n)[0] for s, n in zip(index, leaf.shape, strict=True)]
+    stops = [s.indices(n)[1] for s, n in zip(index, leaf.shape, strict=True)]
+    out = np.empty([b - a for a, b in zip(starts, stops, strict=True)], leaf.dtype)
+    shape = piece_shape(leaf)
+    for piece in leaf.pieces:
+        lo, hi = list(starts), list(stops)
+        block = out
+        if piece.layer is not None:
+            if not lo[0] <= piece.layer < hi[0]:
+                continue
+            block = out[piece.layer - lo[0]]
+            lo, hi = lo[1:], hi[1:]
+        if lo:  # columns of this piece that lie inside the block
+            first = piece.part * shape[-1]
+            a, b = max(lo[-1], first), min(hi[-1], first + shape[-1])
+            if a >= b:
+                continue
+            block = block[..., a - lo[-1] : b - lo[-1]]
+            lo[-1], hi[-1] = a - first, b - first
+        tensor = source[piece.source]
+        ours = leaf.transform.load(_host_array(tensor)).reshape(shape)
+        block[...] = ours[tuple(slice(a, b) for a, b in zip(lo, hi, strict=True))].astype(leaf.dtype, copy=False)
+        if hasattr(tensor, "release"):
+            tensor.release()
+    return out
+
+
+def fill(
+    abstract: Any,
+    rows: Iterable[Row],
+    source: Mapping[str, Any],
+    *,
+    network: str,
+    layout: str = "official",
+    mesh: jax.sharding.Mesh | None = None,
+    ignore: Iterable[tuple[str, str]] = (),
+    what: str = "checkpoint",
+    progress: Callable[[int], None] | None = None,
+) -> Any:
+    """Build the model: every leaf read, transformed, cast to its dtype and placed on its shards, one at a time.
+
+    Args:
+        abstract: the model as `jax.eval_shape` gives it; its leaves state shapes and dtypes.
+        source: a `Checkpoint`, or any mapping name -> array.
+        network: key of `wan_jax.parallel.RULES`.
+        mesh: None places everything on the default device.
+        what: named in errors.
+        progress: called with the number of bytes placed after each leaf.
+    Raises:
+        CheckpointError: the checkpoint does not fit; lists every fault.
+    """
+    rows = list(rows)
+    check(abstract, rows, source, layout=layout, ignore=ignore).raise_faults(what)
+    leaves, _ = plan(abstract, rows, layout)
+    filled = {}
+    for path, leaf in leaves.items():
+        if mesh is None:
+            filled[path] = jax.device_put(_read(leaf, source, tuple(slice(None) for _ in leaf.shape)))
+        else:
+            sharding = param_sharding(network, path, leaf.shape, mesh)
+            filled[path] = jax.make_array_from_callback(
+                leaf.shape, sharding, lambda index, leaf=leaf: _read(leaf, source, index)
+            )
+        filled[path].block_until_ready()  # so that the host buffer of one leaf is free before the next is read
+        if progress:
+            progress(filled[path].nbytes)
+    return unflatten_like(abstract, filled)
+
+
+def export(
+    model: Any, rows: Iterable[Row], *, layout: str, dtype: Any = None
+) -> Iterator[tuple[str, tuple[int, ...], np.dtype, Callable[[], Array]]]:
+    """The inverse of `fill`: yields (name, shape, dtype, function that gives the array) in a published layout.
+
+    Args:
+        dtype: cast every tensor to it; default: as in the model.
+    """
+    leaves, faults = plan(model, rows, layout)
+    if faults:
+        raise CheckpointError("cannot export:\n  " + "\n  ".join(faults))
+    values = flatten_params(model)
+    for leaf in leaves.values():
+        out_dtype = np.dtype(dtype or leaf.dtype)
+        shape = leaf.transform.save(np.broadcast_to(np.int8(0), piece_shape(leaf)), leaf.source_shape).shape
+        for piece in leaf.pieces:
+
+            def produce(leaf: Leaf = leaf, piece: Piece = piece, out_dtype: np.dtype = out_dtype) -> Array:
+                value = values[leaf.path]
+                value = np.asarray(value if piece.layer is None else value[piece.layer])
+                if piece.parts > 1:
+                    value = np.split(value, piece.parts, axis=-1)[piece.part]
+                return np.ascontiguousarray(leaf.transform.save(value, leaf.source_shape).astype(out_dtype, copy=False))
+
+            yield piece.source, shape, out_dtype, produce
