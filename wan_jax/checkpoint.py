@@ -11,6 +11,9 @@ import jax
 from wan_jax.errors import CheckpointError
 from wan_jax.parallel import param_sharding
 
+# Bytes in flight while restoring: what is being read and cast at once, beside the arrays already placed.
+RESTORE_CONCURRENT_GB = 1
+
 
 def _name(key: Any) -> str:
     return str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key))))
@@ -38,3 +41,54 @@ def unflatten_like(tree: Any, flat: Mapping[str, Any]) -> Any:
 def abstract(make: Callable[[], Any]) -> Any:
     """Abstract evaluation of a constructor: shapes and dtypes, no memory."""
     return jax.eval_shape(make)
+
+
+def save_params(path: str | Path, tree: Any) -> None:
+    """Write the parameters of a module as one Orbax checkpoint; complete or absent, never half-written."""
+    import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(Path(path).absolute(), flatten_params(tree), force=True)
+
+
+def restore_params(path: str | Path, tree: Any, *, network: str, mesh: jax.sharding.Mesh | None = None) -> Any:
+    """Restore a module; every array goes from disk to its shards, cast to the dtype of the abstract ``tree``.
+
+    Args:
+        tree: abstract evaluation of the module.
+        network: key of `wan_jax.parallel.RULES`.
+    Raises:
+        CheckpointError: the checkpoint is damaged or holds other paths or shapes.
+    """
+    import orbax.checkpoint as ocp
+
+    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    path, targets = Path(path).absolute(), {}
+    for name, leaf in flatten_params(tree).items():
+        sharding = single if mesh is None else param_sharding(network, name, leaf.shape, mesh)
+        targets[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=RESTORE_CONCURRENT_GB)
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            stored = checkpointer.metadata(path).item_metadata.tree
+            _compare(path, {name: tuple(meta.shape) for name, meta in stored.items()}, targets)
+            arguments = ocp.args.PyTreeRestore(
+                targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets)
+            )
+            return unflatten_like(tree, checkpointer.restore(path, args=arguments))
+    except CheckpointError:
+        raise
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"{path}: cannot be restored: {str(error).splitlines()[0]}") from error
+
+
+def _compare(path: Path, stored: Mapping[str, tuple[int, ...]], targets: Mapping[str, Any]) -> None:
+    faults = [f"{name}: missing" for name in targets.keys() - stored.keys()]
+    faults += [f"{name}: unknown to the model" for name in stored.keys() - targets.keys()]
+    faults += [
+        f"{name}: shape {stored[name]}, the model has {tuple(targets[name].shape)}"
+        for name in targets.keys() & stored.keys()
+        if stored[name] != tuple(targets[name].shape)
+    ]
+    if faults:
+        raise CheckpointError(f"{path} does not fit the model:\n  " + "\n  ".join(sorted(faults)))

@@ -1,0 +1,161 @@
+"""The denoising loop: a jitted `jax.lax.scan` over a *segment* of steps, given a velocity function.
+
+Solver state is the carry; noise levels, timesteps, guidance and every condition are arrays; only the length of a segment
+is static. Between segments the host reports progress, checks for NaN, honours Ctrl-C and may save the state. No host
+callback runs inside the compiled program: it would keep it out of the persistent compilation cache, and a Ctrl-C
+would wait for the whole scan.
+"""
+
+from __future__ import annotations
+
+import functools
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wan_jax.errors import InputError, NonFiniteError
+from wan_jax.nn.stack import compiler_options
+from wan_jax.sampling.schedule import Schedule
+from wan_jax.sampling.solvers import Coefficients, State, coefficients, init_state, step
+
+Array = jax.Array
+# velocity(args, sample, timestep, guidance_scale) -> velocity. ``args`` is a pytree (weights, conditions): arrays reach
+# the compiled program as arguments, never as constants of a closure.
+Velocity = Callable[[Any, Array, Array, Array], Array]
+
+
+class Steps(NamedTuple):
+    """What changes from step to step, [N] each, float32."""
+
+    timestep: np.ndarray
+    guidance: np.ndarray
+    solver: Coefficients
+
+    def part(self, first: int, stop: int) -> Steps:
+        return jax.tree.map(lambda x: x[first:stop], self)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timestep)
+
+
+class Pin(NamedTuple):
+    """Latents that are known: after every step ``sample = where(mask, value, sample)`` (TI2V's clean first frame)."""
+
+    mask: Array
+    value: Array
+
+
+class Progress(NamedTuple):
+    """Given to the callback after each segment. ``seconds`` is the time of one step of this segment."""
+
+    step: int
+    num_steps: int
+    seconds: float
+    state: State
+
+
+def make_steps(solver: str, schedule: Schedule, guidance: float | np.ndarray = 1.0) -> Steps:
+    """Tables of one run; ``guidance`` is one scale, or one per step."""
+    scales = np.broadcast_to(np.asarray(guidance, np.float32), (schedule.num_steps,))
+    return Steps(schedule.timesteps.astype(np.float32), scales, coefficients(solver, schedule.sigmas))
+
+
+def run_segment(velocity: Velocity, args: Any, state: State, steps: Steps, pin: Pin | None) -> tuple[State, Array]:
+    """Take ``steps`` (pure, jittable). Returns the state and, per step, whether the sample stayed finite."""
+
+    def body(state: State, now: Steps) -> tuple[State, Array]:
+        state = step(state, velocity(args, state.sample, now.timestep, now.guidance), *now.solver)
+        if pin is not None:
+            state = state._replace(sample=jnp.where(pin.mask, pin.value, state.sample))
+        return state, jnp.isfinite(state.sample).all()
+
+    return jax.lax.scan(body, state, steps)
+
+
+@functools.cache
+def compiled_segment(velocity: Velocity) -> Callable[..., tuple[State, Array]]:
+    """`run_segment` jitted for one velocity function; one program per segment length and shape."""
+    return jax.jit(functools.partial(run_segment, velocity), donate_argnums=1, compiler_options=compiler_options())
+
+
+def start(noise: Array, pin: Pin | None = None) -> State:
+    """Initial solver state: the noise, with known latents in place."""
+    return init_state(noise if pin is None else jnp.where(pin.mask, pin.value, noise))
+
+
+def sample(
+    velocity: Velocity,
+    args: Any,
+    state: State,
+    steps: Steps,
+    *,
+    first: int = 0,
+    last: int | None = None,
+    pin: Pin | None = None,
+    segment: int | str = 1,
+    callback: Callable[[Progress], None] | None = None,
+) -> State:
+    """Run steps ``first`` to ``last`` of a schedule.
+
+    Args:
+        velocity: any ``velocity(args, sample, timestep, guidance) -> velocity``; a module-level function compiles once.
+        state: `start(noise)`, or a saved state. It is donated: use the returned one.
+        segment: steps per program, or "all": the whole schedule in one program (pods, benchmarks). The result is
+            bit-equal either way.
+        callback: called on the host after each segment.
+    Raises:
+        NonFiniteError: names the first step whose sample is not finite.
+        KeyboardInterrupt: after the running segment; the callback has seen the state by then.
+    """
+    last = steps.num_steps if last is None else last
+    length = max(last - first, 1) if segment == "all" else segment
+    if not isinstance(length, int) or length < 1:
+        raise InputError(f'segment={segment!r}: need a positive number of steps, or "all"')
+    run = compiled_segment(velocity)
+    with _interrupts() as interrupted:
+        while first < last:
+            begin, stop = time.perf_counter(), min(first + length, last)
+            state, finite = run(args, state, steps.part(first, stop), pin)
+            finite = np.asarray(finite)
+            if not finite.all():
+                bad = first + int(np.argmin(finite))
+                raise NonFiniteError(
+                    f"sampling step {bad + 1} of {steps.num_steps} (timestep {steps.timestep[bad]:.0f}) gave NaN or infinity:"
+                    " try dtype float32, check the checkpoint (wan-jax convert check), or lower the guidance scale"
+                )
+            seconds = (time.perf_counter() - begin) / (stop - first)
+            first = stop
+            if callback:
+                callback(Progress(first, steps.num_steps, seconds, state))
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+    return state
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into an event that is honoured between segments; a second one interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def handler(signum: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,107 @@
+"""UniPC, DPM-Solver++ 2M and Euler as one pure step function over a table of coefficients.
+
+All three are linear multistep methods: each step combines the current sample, the sample and the clean predictions of
+the steps before, with factors that depend on the noise levels alone. Those factors are computed on the host in
+float64, with every limit (sigma 1, sigma 0) taken there, and enter the compiled program as arrays: a new schedule, shift
+or solver never recompiles, and no logarithm of zero ever reaches the device.
+
+Source: ``FlowUniPCMultistepScheduler`` (order 2, bh2, data prediction, lower_order_final) in
+wan/utils/fm_solvers_unipc.py; ``FlowDPMSolverMultistepScheduler`` (2M, midpoint) in wan/utils/fm_solvers.py. Papers:
+arXiv 2302.04867, arXiv 2211.01095.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+
+class Coefficients(NamedTuple):
+    """Factors of every step, float32. Scanned over their leading axis together with the timesteps.
+
+    sigma: [N] noise level of the sample given to the network.
+    correct: [N, 5] factors of (sample, last corrected, clean, clean one step ago, clean two steps ago).
+    predict: [N, 3] factors of (corrected, clean, clean one step ago).
+    """
+
+    sigma: np.ndarray
+    correct: np.ndarray
+    predict: np.ndarray
+
+
+class State(NamedTuple):
+    """Solver state, all in the shape of the latents, float32."""
+
+    sample: Array  # what the network sees next; the result after the last step
+    corrected: Array
+    clean1: Array  # clean prediction one step ago
+    clean2: Array  # two steps ago
+
+
+def init_state(noise: Array) -> State:
+    """State before the first step. Every entry is a buffer of its own, so that the state can be donated."""
+    return State(jnp.array(noise, jnp.float32, copy=True), *(jnp.zeros(noise.shape, jnp.float32) for _ in range(3)))
+
+
+def step(state: State, velocity: Array, sigma: Array, correct: Array, predict: Array) -> State:
+    """One step of any solver: read the clean prediction off the velocity, correct this sample, predict the next."""
+    clean = state.sample - sigma * velocity.astype(jnp.float32)
+    terms = (state.sample, state.corrected, clean, state.clean1, state.clean2)
+    corrected = sum(c * term for c, term in zip(correct, terms, strict=True))
+    sample = sum(p * term for p, term in zip(predict, (corrected, clean, state.clean1), strict=True))
+    return State(sample, corrected, clean, state.clean1)
+
+
+def coefficients(solver: str, sigmas: np.ndarray) -> Coefficients:
+    """Table for a schedule of N + 1 noise levels, float64, the last one 0."""
+    # The official classes hold sigma in float32 and derive everything from it.
+    sigmas = sigmas.astype(np.float32).astype(np.float64)
+    num_steps = len(sigmas) - 1
+    with np.errstate(divide="ignore"):
+        lam = np.log(1 - sigmas) - np.log(sigmas)  # half log signal-to-noise ratio: -inf at sigma 1, +inf at 0
+    correct = np.zeros((num_steps, 5))
+    predict = np.zeros((num_steps, 3))
+    correct[:, 0] = 1.0
+    for i in range(num_steps):
+        if solver == "unipc" and i > 0:
+            correct[i] = _unipc_corrector(sigmas, lam, i, order=_unipc_order(i - 1, num_steps))
+        predict[i, 0] = sigmas[i + 1] / sigmas[i]
+        predict[i, 1] = 1 - predict[i, 0]  # first order: the straight line to the clean prediction
+        second_order = {
+            "euler": False,
+            "dpm++": 0 < i < num_steps - 1,
+            "unipc": _unipc_order(i, num_steps) == 2,
+        }[solver]
+        if second_order:
+            # -alpha * expm1(-h) * 1/2 * (m_i - m_{i-1}) / r with r = (lam_i - lam_{i-1}) / h; r = inf at sigma 1.
+            r = (lam[i] - lam[i - 1]) / (lam[i + 1] - lam[i])
+            slope = -(1 - sigmas[i + 1]) * np.expm1(lam[i] - lam[i + 1]) * 0.5 / r
+            predict[i, 1] += slope
+            predict[i, 2] -= slope
+    return Coefficients(*(x.astype(np.float32) for x in (sigmas[:-1], correct, predict)))
+
+
+def _unipc_order(i: int, num_steps: int) -> int:
+    """Order 2, but 1 on the first and on the last step."""
+    return min(2, num_steps - i, i + 1)
+
+
+def _unipc_corrector(sigmas: np.ndarray, lam: np.ndarray, i: int, order: int) -> np.ndarray:
+    """Factors of UniC: the sample at step i again, now that its own clean prediction is known."""
+    h = lam[i] - lam[i - 1]
+    B = np.expm1(-h)
+    scale = -(1 - sigmas[i]) * B
+    ratio = sigmas[i] / sigmas[i - 1]
+    if order == 1:  # R = (m_i - m_{i-1}) / 2
+        return np.array([0, ratio, scale / 2, scale / 2, 0])
+    r = (lam[i - 2] - lam[i - 1]) / h
+    phi1 = B / -h - 1
+    phi2 = phi1 / -h - 0.5
+    rho1, rho2 = np.linalg.solve([[1, 1], [r, 1]], [phi1 / B, 2 * phi2 / B])
+    # R = rho1 (m_{i-2} - m_{i-1}) / r + rho2 (m_i - m_{i-1})
+    return np.array([0, ratio, scale * rho2, scale * (1 - rho1 / r - rho2), scale * rho1 / r])
