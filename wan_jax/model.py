@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wan_jax.checkpoint import abstract, flatten_params, restore_params
-from wan_jax.config import MODELS, ModelSpec, find_model
-from wan_jax.errors import CheckpointError, InputError, nearest
+from wan_jax.checkpoint import abstract, restore_params
+from wan_jax.config import ModelSpec
+from wan_jax.errors import CheckpointError, InputError
 from wan_jax.models.clip import CLIPVision
 from wan_jax.models.dit import DiT
 from wan_jax.models.umt5 import UMT5
@@ -26,6 +26,7 @@ from wan_jax.models.vae import VAE
 from wan_jax.text import Tokenizer
 from wan_jax.weights import layouts
 from wan_jax.weights.engine import fill
+from wan_jax.weights.hub import resolve
 from wan_jax.weights.lora import Lora, merge
 
 log = logging.getLogger(__name__)
@@ -192,21 +193,7 @@ def load(
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise InputError(f"dtype={dtype}: use {' or '.join(DTYPES)}")
-    model = Model(layouts.locate(_folder(str(name), offline, revision)), dtype=dtype, mesh=mesh, offload=offload)
+    folder = resolve(name, offline=offline, revision=revision)
+    model = Model(layouts.locate(folder), dtype=dtype, mesh=mesh, offload=offload)
     model.add_loras([Lora.open(lora) if isinstance(lora, str) else lora for lora in loras])
     return model
-
-
-def _folder(name: str, offline: bool | None, revision: str | None) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    if name not in MODELS and name.count("/") != 1:
-        raise InputError(
-            f"{name!r} is neither a folder, nor a model{nearest(name, MODELS) or ' (known: ' + ', '.join(MODELS) + ')'}"
-        )
-    from wan_jax.weights.hub import fetch_model
-
-    return fetch_model(name, offline=offline, revision=revision)
-
-
-__all__ = ["Model", "load", "build", "num_bytes", "flatten_params", "find_model"]

@@ -44,10 +44,8 @@ RULES: dict[str, tuple[tuple[str, tuple[str | None, ...]], ...]] = {
         (r"head\.head\.kernel", ("in", None)),
         (r".*\.bias|img_emb\.(norm[12]\.(weight|bias)|emb_pos)|head\.modulation", _REPLICATED),
     ),
-    "vae": (
-        (r".*(conv1|conv2|residual\.[26]|shortcut|resample\.1|time_conv|head\.2|to_qkv|proj)\.kernel", _REPLICATED),
-        (r".*(bias|gamma)", _REPLICATED),
-    ),
+    # Small, and its convolutions are shared by every row of the picture: the picture is cut, not the weights.
+    "vae": ((r".*\.(kernel|bias|gamma)", _REPLICATED),),
     "text_encoder": (
         (r"token_embedding\.embedding", ("vocab", "in")),
         (r"blocks\.attn\.[qkv]\.kernel", ("layer", "in", "out")),

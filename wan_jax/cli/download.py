@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from wan_jax.weights import hub
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add ``download`` to the subcommands of ``wan-jax``."""
+def add_parser(subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser("download", help="download a published model", description=__doc__)
     parser.add_argument("name", help="a model, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
     parser.add_argument("--revision", help="branch, tag or commit, in place of the recorded one")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--offline", action="store_true", help="only verify what is there and say what is missing"
-    )
-    mode.add_argument(
-        "--dry-run", action="store_true", help="list the files and their sizes, transfer nothing"
-    )
-    parser.set_defaults(run=run)
+    mode.add_argument("--offline", action="store_true", help="verify what is there, say what is missing")
+    mode.add_argument("--dry-run", action="store_true", help="list files and sizes, transfer nothing")
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command, print the checkpoint's folder (or the list) to stdout, return the exit status.
-
-    Raises:
-      WanError: as ``hub.repository``, ``hub.plan`` and ``hub.resolve`` do.
-    """
     repository = hub.repository(args.name)
     if args.dry_run:
         print(_listing(hub.plan(repository, revision=args.revision)))
-        return 0
-    try:
+    else:
         print(hub.resolve(repository, revision=args.revision, offline=args.offline or None))
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -28,8 +28,9 @@ class Row(NamedTuple):
     """One module: our path, how its arrays are laid out, and its name in the two published layouts.
 
     ``{i}`` in a source name runs over the layer axis of a stacked module. A tuple of names is concatenated along the
-    output axis (Hugging Face keeps q, k, v apart where the official file fuses them). ``shape`` gives the source shape
-    in each layout where ours does not determine it (singleton axes, patches); one entry may be -1.
+    output axis (Hugging Face keeps q, k, v apart where the official file fuses them); an empty tuple says that the layout
+    has no such array. ``shape`` gives the source shape in each layout where ours does not determine it (singleton axes,
+    patches); one entry may be -1.
     """
 
     path: str
@@ -124,7 +125,7 @@ def plan(abstract: Any, rows: Iterable[Row], layout: str) -> tuple[dict[str, Lea
                 faults.append(f"{path}: filled by two rows of the table")
                 continue
             shape, dtype = tuple(shapes[path].shape), shapes[path].dtype
-            layers = range(shape[0]) if "{i}" in names[0] else (None,)
+            layers = range(shape[0]) if any("{i}" in name for name in names) else (None,)
             pieces = [
                 Piece(_join(name.replace("{i}", str(i)), theirs), i, part, len(names))
                 for i in layers
@@ -169,6 +170,8 @@ def check(
     leaves, faults = plan(abstract, rows, layout)
     coverage = Coverage(faults=faults)
     for leaf in leaves.values():
+        if not leaf.pieces:
+            coverage.faults.append(f"{leaf.path}: has no place in the {layout} layout")
         for piece in leaf.pieces:
             if piece.source not in source:
                 coverage.faults.append(f"{piece.source}: missing in the checkpoint (for {leaf.path})")
@@ -296,6 +299,8 @@ def export(
         raise CheckpointError("cannot export:\n  " + "\n  ".join(faults))
     values = flatten_params(model)
     for leaf in leaves.values():
+        if not leaf.pieces:
+            continue  # the layout has no place for it
         out_dtype = np.dtype(dtype or leaf.dtype)
         shape = leaf.transform.save(np.broadcast_to(np.int8(0), piece_shape(leaf)), leaf.source_shape).shape
         for piece in leaf.pieces:

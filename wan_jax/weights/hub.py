@@ -1,12 +1,12 @@
 """From a name to a folder: published models are downloaded once, kept at one commit, and verified.
 
 The files live in the hub client's cache (``HF_HOME``, ``HF_HUB_CACHE``), in its layout, shared with other
-programs. ``WAN_JAX_HOME`` (default ``~/.cache/wan_jax``) holds one record a repository: the commit of the first
-download, the size and digest of its files, the contents already hashed, the licence already shown.
+programs. ``WAN_JAX_HOME`` (default ``~/.cache/wan_jax``) holds one record a repository: the commit of the
+first download, the size and digest of its files, the contents already hashed, the licence already shown.
 
-Listing, addresses, connections, redirects and ``HF_TOKEN`` are the hub client's business. The transfer is not:
-the client compares lengths only, and when a process ends, the next one starts its unfinished files from the
-beginning (huggingface_hub issue 4196), which for Wan means up to 11 GB each.
+Listing, addresses, connections, redirects and ``HF_TOKEN`` are the hub client's business. The transfer is
+not: the client compares lengths only, and when a process ends, the next one starts its unfinished files from
+the beginning (huggingface_hub issue 4196), which for Wan means up to 11 GB each.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _RETRY_SECONDS = 0.5  # doubled at each of them
 
 @dataclass(frozen=True)
 class Repository:
-    """A hub repository ``owner/name``, the patterns of the files that are needed, the licence to show once."""
+    """A hub repository ``owner/name``, the patterns of the files needed, and the licence to show once."""
 
     repo_id: str
     patterns: tuple[str, ...] = ("*",)
@@ -62,7 +62,7 @@ class RemoteFile:
 
 @dataclass
 class Record:
-    """What is remembered of a repository; ``verified`` is digest -> [size, mtime_ns] of the file that has it."""
+    """What is remembered of a repository. ``verified``: digest -> [size, mtime_ns] of the hashed file."""
 
     repo_id: str
     revision: str
@@ -188,25 +188,25 @@ def resolve(
     with _explained(repo_id, storage):
         if on_record:
             found = plan(source, cache_dir=cache_dir)
-            if not found.missing() and not found.unverified():
+            missing = found.missing()
+            if offline and missing:
+                raise _absent(repo_id, storage, missing)
+            if not missing and not found.unverified():
                 return found.folder  # nothing was written: the cache and the record may be read-only
         lock = storage.parent / ".locks" / storage.name / "wan_jax.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):  # of several processes one does the work, the others then find it done
             found = plan(source, revision=revision, cache_dir=cache_dir)
-            missing = found.missing()
-            if offline and missing:
-                raise _absent(repo_id, storage, missing)
             if stored and stored.revision != found.record.revision:
                 _log.warning("%s: commit %s replaces %s", repo_id, found.record.revision, stored.revision)
-            if missing:
+            if found.missing():
                 _download(found, source.licence, progress)
             _verify(found)
     return found.folder
 
 
 def plan(source: Repository, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Plan:
-    """Return what ``resolve`` needs; transfers and writes nothing, asks the hub only for an unrecorded commit.
+    """Return what ``resolve`` needs. Transfers and writes nothing; a recorded commit needs no network.
 
     Raises:
       CheckpointError: no connection, no such repository or revision, or no file matches the patterns.
@@ -252,10 +252,9 @@ def _download(found: Plan, licence: str, progress: bool) -> None:
     disk = next(folder for folder in found.storage.parents if folder.exists())
     free = shutil.disk_usage(disk).free
     if total * _HEADROOM > free:
-        raise CheckpointError(
-            f"{repo_id}: {format_bytes(total * _HEADROOM)} needed (5 % headroom included), {format_bytes(free)} "
-            f"free on the disk of {disk}: free some space, or set HF_HOME to a folder on a larger disk"
-        )
+        need = f"{format_bytes(total * _HEADROOM)} needed (5 % headroom included), {format_bytes(free)} free"
+        fix = "free some space, or set HF_HOME to a folder on a larger disk"
+        raise CheckpointError(f"{repo_id}: {need} on the disk of {disk}: {fix}")
     if licence and licence != found.record.licence:
         # A warning, though nothing is wrong, because it must be seen where no logging was set up.
         _log.warning("%s is published under %s: https://huggingface.co/%s", repo_id, licence, repo_id)
@@ -286,7 +285,7 @@ def _download(found: Plan, licence: str, progress: bool) -> None:
 
 
 def _transfer(found: Plan, name: str, advance: Callable[[int], object], stop: threading.Event) -> None:
-    """Fetch one content, from where an earlier connection or process ended; on ``stop`` leave it for later."""
+    """Fetch one content, from where an earlier connection or process ended; ``stop`` leaves it for later."""
     from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import build_hf_headers
@@ -303,9 +302,9 @@ def _transfer(found: Plan, name: str, advance: Callable[[int], object], stop: th
                 with get_session().stream("GET", url, **options) as response:
                     hf_raise_for_status(response)
                     if response.status_code != 206:  # no range, but the whole file
-                        advance(-out.seek(0, os.SEEK_END))
-                        out.truncate(0)
+                        advance(-start)
                         out.seek(0)
+                        out.truncate()
                     for chunk in response.iter_bytes(_CHUNK):
                         if stop.is_set():
                             return
@@ -352,7 +351,7 @@ def _digest(path: Path, file: RemoteFile) -> str:
 
 
 def _left_by_others(source: Repository, revision: str | None, storage: Path) -> Path:
-    """Offline and without a record: the snapshot that another program has left, whose digests are not known."""
+    """Offline and without a record: the snapshot that another program left, whose digests are not known."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -364,13 +363,13 @@ def _left_by_others(source: Repository, revision: str | None, storage: Path) -> 
 
 
 def _absent(repo_id: str, storage: Path, names: Iterable[str]) -> CheckpointError:
-    fix = f"on a connected machine run `wan-jax download {repo_id}`, then copy its HF_HOME and WAN_JAX_HOME here"
+    fix = f"on a connected machine run `wan-jax download {repo_id}`, then copy HF_HOME and WAN_JAX_HOME here"
     return CheckpointError("\n  ".join([f"{repo_id}: offline, and {storage} lacks:", *names]) + "\n" + fix)
 
 
 @contextmanager
 def _explained(repo_id: str, storage: Path) -> Iterator[None]:
-    """Turn what the hub client, the network and the disk raise into a CheckpointError with the nearest fix."""
+    """Turn what the hub client, the network or the disk raise into a CheckpointError with the nearest fix."""
     from huggingface_hub import constants, errors
 
     try:
@@ -389,12 +388,12 @@ def _explained(repo_id: str, storage: Path) -> Iterator[None]:
         else:
             reason = f"status {status}" if status else f"{type(error).__name__}: {error}"
             fix = (
-                f"no usable answer from {constants.ENDPOINT} ({reason}): check the network and HF_ENDPOINT, then "
-                f"call again, what was transferred is kept; HF_HUB_OFFLINE=1 uses only what is in {storage}"
+                f"no usable answer from {constants.ENDPOINT} ({reason}): check network and HF_ENDPOINT, "
+                f"call again, what came is kept; HF_HUB_OFFLINE=1 uses only what is in {storage}"
             )
     except (OSError, ValueError) as error:
         fix = f"{error}: is there room, and permission to write, in {storage} and WAN_JAX_HOME?"
-    raise CheckpointError(f"{repo_id}: {fix}")
+    raise CheckpointError(f"{repo_id}: {fix}") from None
 
 
 def _status(error: Exception) -> int:

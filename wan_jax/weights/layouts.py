@@ -115,14 +115,14 @@ def _diffusers(folder: Path) -> Files:
     if dit_cfg.image_tokens:
         parts["image_encoder"] = folder / DIFFUSERS_FOLDERS["image_encoder"]
         _require(parts)
-        image_cfg = clip.config_from_hf(read_json(parts["image_encoder"] / "config.json"))
+        image_cfg = clip.config_from_diffusers(read_json(parts["image_encoder"] / "config.json"))
     if index.get("expand_timesteps"):
         task = "ti2v"
     elif dit_cfg.image_positions:
         task = "flf2v"
     else:
         task = "i2v" if dit_cfg.in_dim > dit_cfg.out_dim else "t2v"
-    text_cfg = umt5.config_from_hf(read_json(parts["text_encoder"] / "config.json"))
+    text_cfg = umt5.config_from_diffusers(read_json(parts["text_encoder"] / "config.json"))
     vae_cfg = vae.config_from_diffusers(read_json(parts["vae"] / "config.json"))
     spec = _find_spec(folder, task, two, dit_cfg, vae_cfg, text_cfg, image_cfg)
     if two and index.get("boundary_ratio"):
@@ -196,7 +196,7 @@ def _find_spec(
     if exact:
         key = str(folder.resolve()).lower()
         named = [spec for spec in exact if spec.repository.split("/")[-1].lower() in key]
-        return (named or exact)[0]
+        return dataclasses.replace((named or exact)[0], clip=image)
     return dataclasses.replace(
         alike[0], name=folder.resolve().name, dit=dit_cfg, vae=vae_cfg, text=text, clip=image, repository="",
         diffusers_repository="", licence="unknown",

@@ -202,8 +202,8 @@ class _MappedFile:
     def release(self, start: int, length: int) -> None:
         # Whole pages, rounded outwards: a neighbour that loses an edge page just reads it again.
         first = start - start % mmap.PAGESIZE
-        if length and hasattr(mmap, "MADV_DONTNEED"):  # absent on Windows
-            self.view().madvise(mmap.MADV_DONTNEED, first, start + length - first)
+        if self._map and length and hasattr(mmap, "MADV_DONTNEED"):  # absent on Windows
+            self._map.madvise(mmap.MADV_DONTNEED, first, start + length - first)
 
     def close(self) -> None:
         # Not mmap.close(), which refuses while arrays exist: the map goes with the last of them.
@@ -592,7 +592,7 @@ def _read_torch(mapped: _MappedFile) -> Checkpoint:
             if order and _read_entry(mapped, archive, order, limit=16) != b"little":
                 raise _bad(path, f"byteorder is not 'little': made on a big-endian machine; {resave}")
             data = _read_entry(mapped, archive, entries[roots[0]], limit=_MAX_PICKLE_BYTES)
-    except (zipfile.BadZipFile, EOFError, ValueError, struct.error, RuntimeError) as error:
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, struct.error, RuntimeError) as error:
         raise _bad(path, f"truncated or damaged archive ({error}); download it again") from error
     try:
         state, skipped = _split_state(_unpickle(data))
@@ -600,8 +600,10 @@ def _read_torch(mapped: _MappedFile) -> Checkpoint:
         raise _bad(path, f"refused, only a dict of plain tensors is read: {error}; {resave}") from error
     except (IndexError, KeyError, ValueError, struct.error) as error:
         raise _bad(path, f"damaged pickle ({type(error).__name__}); download it again") from error
-    storages = {name.removeprefix(f"{prefix}data/"): entry for name, entry in entries.items()}
-    tensors = {name: _torch_tensor(mapped, name, tensor, storages) for name, tensor in state.items()}
+    tensors = {
+        name: _torch_tensor(mapped, name, tensor, entries.get(f"{prefix}data/{tensor.storage.key}"))
+        for name, tensor in state.items()
+    }
     return Checkpoint([mapped], tensors, skipped=skipped)
 
 
@@ -627,15 +629,15 @@ def _read_entry(mapped: _MappedFile, archive: zipfile.ZipFile, entry: zipfile.Zi
 
 
 def _torch_tensor(
-    mapped: _MappedFile, name: str, tensor: _TorchTensor, storages: dict[str, zipfile.ZipInfo]
+    mapped: _MappedFile, name: str, tensor: _TorchTensor, entry: zipfile.ZipInfo | None
 ) -> LazyTensor:
-    """Check a tensor description against the bytes of its storage."""
+    """Check a tensor description against the archive entry of its storage."""
     path, storage = mapped.path, tensor.storage
     untyped = storage.kind == "UntypedStorage"
     dtype = TORCH_DTYPES.get(tensor.dtype) if untyped else TORCH_STORAGES.get(storage.kind)
     if dtype is None or untyped != (tensor.dtype is not None):
         raise _bad(path, f"storage {storage.kind} with element type {tensor.dtype} is not known", name)
-    if (entry := storages.get(storage.key)) is None:
+    if entry is None:
         raise _bad(path, f"storage {storage.key!r:.100} is not in the archive", name)
     begin, size = _entry_offset(mapped, entry), dtype.itemsize
     if entry.file_size != storage.count * (1 if untyped else size):

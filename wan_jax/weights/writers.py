@@ -120,7 +120,7 @@ def write_sharded_safetensors(
     folder.mkdir(parents=True, exist_ok=True)
     present = {entry.name for entry in folder.iterdir() if family.fullmatch(entry.name)}
     if stale := sorted(present - {target.name for target in targets}):
-        raise CheckpointError(f"{folder}: has {', '.join(stale)} of another export; remove or use a new folder")
+        raise CheckpointError(f"{folder}: {', '.join(stale)} of another export; remove, or use a new folder")
 
     for path, shard in zip(paths, shards, strict=True):
         write_safetensors(path, shard, metadata)
@@ -193,7 +193,7 @@ def _complete_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _write_entry(file: IO[bytes], archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
-    """Store an entry so that its bytes begin at a multiple of 64, padded as by torch: with an extra field FB."""
+    """Store an entry with its bytes at a multiple of 64, padded as torch does: by an extra field named FB."""
     entry = zipfile.ZipInfo(f"archive/{name}")  # dated 1980: equal tensors give equal files
     header = file.tell() + 30 + len(entry.filename) + 20 + 4  # local header, name, zip64 field, head of FB
     padding = -header % _ALIGNMENT

@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: venv demo test lint goldens oracle bench clean
+
+venv: $(VENV)/.ready
+
+$(VENV)/.ready: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
+
+$(VENV)/.oracle: $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,oracle]"
+	touch $@
+
+# No trained model ships yet: a tiny random one shows the whole path, from a checkpoint in the official layout to an mp4.
+demo: $(VENV)/.ready
+	rm -rf demo_model
+	$(BIN)/wan-jax convert random demo_model --tiny t2v
+	@echo "The weights are random: the clip shows that every part runs, not what a trained model draws."
+	$(BIN)/wan-jax generate --model demo_model --prompt "a cat surfing a wave at sunset" \
+		--size 128x96 --num-frames 17 --num-steps 8 --output demo.mp4 --profile
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+
+test: lint
+	$(PYTEST) -m "not oracle and not device" -n 2
+
+goldens: $(VENV)/.ready
+	$(PYTEST) -m goldens
+
+oracle: $(VENV)/.oracle
+	$(PYTEST) -m oracle
+
+bench: $(VENV)/.oracle
+	$(BIN)/python benchmarks/dit_cpu.py
+	$(BIN)/python benchmarks/loading.py
+
+clean:
+	rm -rf $(VENV) demo_model demo.mp4

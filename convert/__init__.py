@@ -1,0 +1,1 @@
+"""``python -m convert`` from a clone: the same as ``wan-jax convert``."""

@@ -1,0 +1,59 @@
+"""``wan-jax models``: what can be run, what it needs, and where it comes from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from wan_jax.config import MODELS, ModelSpec
+
+TASKS = {
+    "t2v": "text to video, text to image", "i2v": "picture to video", "flf2v": "first and last picture to video",
+    "ti2v": "text or picture to video",
+}  # fmt: skip
+
+
+def add_parser(subparsers) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        "models", help="list the models", description="List the models: task, parameters, memory of the weights, licence."
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def describe(spec: ModelSpec) -> dict:
+    """One row. Memory is that of the diffusion transformers' weights; the text encoder is freed before they are placed."""
+    billions = spec.num_params / 1e9
+    return {
+        "name": spec.name,
+        "task": TASKS[spec.task],
+        "parameters": f"{spec.num_experts} x {billions / spec.num_experts:.1f} B" if spec.num_experts > 1 else f"{billions:.1f} B",
+        "memory_bf16_gb": round(billions * 2, 1),
+        "memory_int8_gb": round(billions, 1),
+        "sizes": [f"{w}x{h}" for w, h in spec.sizes],
+        "num_frames": spec.num_frames,
+        "fps": spec.fps,
+        "licence": spec.licence,
+        "repository": spec.repository,
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    rows = [describe(spec) for spec in MODELS.values()]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    table = [("NAME", "TASK", "PARAMETERS", "BF16", "INT8", "SIZES", "FRAMES", "FPS", "LICENCE", "REPOSITORY")]
+    table += [
+        (
+            r["name"], r["task"], r["parameters"], f"{r['memory_bf16_gb']} GB", f"{r['memory_int8_gb']} GB",
+            " ".join(r["sizes"]), str(r["num_frames"]), str(r["fps"]), r["licence"], r["repository"],
+        )
+        for r in rows
+    ]  # fmt: skip
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\nBF16 and INT8: weights of the diffusion transformer alone; of two experts one is used at a time.")
+    print("The umT5-xxl text encoder (11.4 GB in bf16) runs first and can be freed before (--offload).")
+    return 0

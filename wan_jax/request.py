@@ -1,0 +1,262 @@
+"""What is asked for, resolved and checked before any weight is touched: the one place for sizes, frames and defaults.
+
+Sources: ``wan/configs``, ``generate.py`` and the size rules in image2video.py and textimage2video.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from wan_jax.config import MODELS, ModelSpec
+from wan_jax.errors import InputError
+from wan_jax.sampling.guidance import check_mode
+from wan_jax.sampling.schedule import SOLVERS, make_schedule
+
+log = logging.getLogger(__name__)
+
+AREA_480P = 832 * 480
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """One resolved generation. Built by `resolve`; `settings` is what is embedded in the file.
+
+    ``guidance_scale`` is (low noise, high noise) for two experts. ``width`` and ``height`` are the size of the video.
+    """
+
+    model: str
+    task: str
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+    num_steps: int
+    shift: float
+    guidance_scale: float | tuple[float, float]
+    solver: str
+    guidance: str
+    seeds: tuple[int, ...]
+    image: np.ndarray | None = None
+    last_image: np.ndarray | None = None
+
+    def settings(self, seed: int) -> dict[str, Any]:
+        """JSON-ready settings of the clip with this seed; pictures by the SHA-256 of their pixels."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["seed"] = seed
+        values.pop("seeds")
+        for name in ("image", "last_image"):
+            picture = values.pop(name)
+            if picture is not None:
+                values[f"{name}_sha256"] = picture_hash(picture)
+        if isinstance(self.guidance_scale, tuple):
+            values["guidance_scale"] = list(self.guidance_scale)
+        return values
+
+    def guidance_per_step(self, timesteps: np.ndarray, high_steps: int) -> np.ndarray:
+        """The scale of every step: the official tuple is (low, high), the high-noise expert comes first."""
+        if not isinstance(self.guidance_scale, tuple):
+            return np.full(len(timesteps), self.guidance_scale, np.float32)
+        low, high = self.guidance_scale
+        return np.where(np.arange(len(timesteps)) < high_steps, high, low).astype(np.float32)
+
+
+def picture_hash(picture: np.ndarray) -> str:
+    return hashlib.sha256(repr(picture.shape).encode() + np.ascontiguousarray(picture).tobytes()).hexdigest()
+
+
+def resolve(
+    spec: ModelSpec,
+    prompt: str,
+    *,
+    negative_prompt: str | None = None,
+    image: np.ndarray | None = None,
+    last_image: np.ndarray | None = None,
+    size: str | tuple[int, int] | None = None,
+    aspect: str | None = None,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    num_steps: int | None = None,
+    shift: float | None = None,
+    guidance_scale: float | Sequence[float] | None = None,
+    solver: str = "unipc",
+    guidance: str = "batch",
+    seed: int | Sequence[int] = 0,
+) -> Request:
+    """Fill the defaults of a model and check every value.
+
+    Args:
+        image, last_image: uint8 [H, W, 3].
+        size: (width, height) or "832x480". For image models it gives the area; the picture gives the aspect.
+        aspect: "16:9", instead of ``size``.
+        num_frames: 4n + 1; 1 makes a picture.
+        guidance: "batch" or "sequential" (the prompt and the negative prompt one after the other: less memory).
+            A guidance scale of 1 needs no negative prompt and runs one pass.
+    Raises:
+        InputError: says what was got, what is needed, and the nearest valid value.
+    """
+    if not prompt or not prompt.strip():
+        raise InputError("the prompt is empty: describe the scene, for example 'a cat surfing a wave at sunset'")
+    image, last_image = _check_images(spec, image, last_image)
+    num_frames = spec.num_frames if num_frames is None else num_frames
+    stride = spec.vae.temporal_stride
+    if num_frames < 1 or (num_frames - 1) % stride:
+        near = max(1, round((num_frames - 1) / stride) * stride + 1)
+        raise InputError(f"num_frames={num_frames}: need {stride}n+1, try {near}")
+    if spec.task == "flf2v" and num_frames < stride + 1:
+        raise InputError(f"num_frames={num_frames}: a first and a last picture need at least {stride + 1} frames")
+    width, height = _size(spec, size, aspect, image)
+    num_steps = spec.num_steps if num_steps is None else num_steps
+    if shift is None:
+        shift = spec.shift_480p if spec.shift_480p and width * height <= AREA_480P else spec.shift
+    if solver not in SOLVERS or num_steps < 1 or not shift > 0:
+        make_schedule(solver, num_steps, shift)  # raises, naming the value
+    scale = _guidance_scale(spec, guidance_scale)
+    seeds = tuple(int(s) for s in (seed if isinstance(seed, Sequence) else (seed,)))
+    for s in seeds:
+        if not 0 <= s <= MAX_SEED:
+            raise InputError(f"seed={s}: need 0 to {MAX_SEED}")
+    if len(set(seeds)) != len(seeds) or not seeds:
+        raise InputError(f"seeds {list(seeds)}: give one or several different ones")
+    return Request(
+        model=spec.name,
+        task=spec.task,
+        prompt=prompt,
+        negative_prompt=spec.negative_prompt if not negative_prompt else negative_prompt,
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        fps=float(spec.fps if fps is None else fps),
+        num_steps=num_steps,
+        shift=float(shift),
+        guidance_scale=scale,
+        solver=solver,
+        guidance="none" if scale in (1.0, (1.0, 1.0)) else check_mode(guidance),
+        seeds=seeds,
+        image=image,
+        last_image=last_image,
+    )
+
+
+def _check_images(spec: ModelSpec, image: Any, last_image: Any) -> tuple[Any, Any]:
+    if spec.task == "t2v" and image is not None:
+        takers = ", ".join(s.name for s in MODELS.values() if s.task in ("i2v", "ti2v"))
+        raise InputError(f"{spec.name} makes video from text alone; for a picture use one of {takers}")
+    if spec.task in ("i2v", "flf2v") and image is None:
+        raise InputError(f"{spec.name} needs a picture: give image= (--image)")
+    if spec.task == "flf2v" and last_image is None:
+        raise InputError(f"{spec.name} needs a first and a last picture: give last_image= (--last-image) too")
+    if spec.task != "flf2v" and last_image is not None:
+        takers = ", ".join(s.name for s in MODELS.values() if s.task == "flf2v")
+        raise InputError(f"{spec.name} takes no last picture; use {takers}")
+    for name, picture in (("image", image), ("last_image", last_image)):
+        if picture is not None and (picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3):
+            raise InputError(f"{name}: expected uint8 [height, width, 3], got {picture.dtype} {picture.shape}")
+    return image, last_image
+
+
+def _guidance_scale(spec: ModelSpec, scale: float | Sequence[float] | None) -> float | tuple[float, float]:
+    scale = spec.guidance_scale if scale is None else scale
+    values = tuple(float(s) for s in scale) if isinstance(scale, Sequence) else (float(scale),)
+    if len(values) == 1:
+        return values[0] if spec.num_experts == 1 else values * 2
+    if len(values) != 2 or spec.num_experts == 1:
+        raise InputError(f"guidance_scale={scale}: {spec.name} takes {'one, or (low, high)' if spec.num_experts == 2 else 'one number'}")
+    return values  # type: ignore[return-value]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Read "832x480" as (width, height)."""
+    try:
+        width, height = (int(part) for part in text.lower().replace("*", "x").split("x"))
+    except ValueError as error:
+        raise InputError(f"size {text!r}: expected WIDTHxHEIGHT such as 832x480") from error
+    return width, height
+
+
+def _size(spec: ModelSpec, size: Any, aspect: str | None, image: np.ndarray | None) -> tuple[int, int]:
+    if size is not None and aspect is not None:
+        raise InputError("give size or aspect, not both")
+    if aspect is not None:
+        width, height = size_for_aspect(spec, aspect)
+    else:
+        width, height = parse_size(size) if isinstance(size, str) else size or spec.sizes[0]
+    multiple = spec.size_multiple
+    for name, value in (("width", width), ("height", height)):
+        if value < multiple or (value % multiple and image is None):
+            near = max(multiple, round(value / multiple) * multiple)
+            raise InputError(f"size {width}x{height}: {name} must be a multiple of {multiple}, try {near}")
+    if image is not None:
+        area = width * height
+        if spec.task == "ti2v":
+            return ti2v_size(image.shape[1], image.shape[0], area, multiple)
+        height, width = i2v_size(image.shape[0], image.shape[1], area, spec.vae.spatial_stride, spec.dit.patch_size[1])
+        if min(width, height) < multiple:
+            raise InputError(f"a picture of {image.shape[1]}x{image.shape[0]} is too narrow for an area of {area} pixels")
+    elif (width, height) not in spec.sizes:
+        trained = ", ".join(f"{w}x{h}" for w, h in spec.sizes)
+        log.warning("%dx%d is not a size that %s was trained on (%s): quality may suffer", width, height, spec.name, trained)
+    return width, height
+
+
+def size_for_aspect(spec: ModelSpec, aspect: str) -> tuple[int, int]:
+    """The trained size of this aspect ratio ("16:9"), or one of the default area when no trained size is within 5 %."""
+    try:
+        w, h = (float(part) for part in aspect.split(":"))
+        ratio = w / h
+    except (ValueError, ZeroDivisionError) as error:
+        raise InputError(f"aspect {aspect!r}: expected W:H such as 16:9") from error
+    if not 0.2 <= ratio <= 5:
+        raise InputError(f"aspect {aspect}: need between 1:5 and 5:1")
+    best = min(spec.sizes, key=lambda s: abs(math.log(s[0] / s[1] / ratio)))
+    if abs(math.log(best[0] / best[1] / ratio)) < math.log(1.05):
+        return best
+    area, multiple = spec.sizes[0][0] * spec.sizes[0][1], spec.size_multiple
+    width, height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+    return round(width / multiple) * multiple, round(height / multiple) * multiple
+
+
+def i2v_size(height: int, width: int, max_area: int, stride: int, patch: int) -> tuple[int, int]:
+    """(height, width) of the video for a picture: its aspect, the given area, whole patches. Source: image2video.py."""
+    aspect = height / width
+    rows = int(math.sqrt(max_area * aspect) // stride // patch * patch)
+    columns = int(math.sqrt(max_area / aspect) // stride // patch * patch)
+    return rows * stride, columns * stride
+
+
+def ti2v_size(width: int, height: int, area: int, multiple: int) -> tuple[int, int]:
+    """(width, height) of the video for a picture; the nearer of two roundings. Source: ``best_output_size``."""
+    ratio = width / height
+    exact_w = math.sqrt(area * ratio)
+    exact_h = area / exact_w
+    w1 = int(exact_w // multiple * multiple)
+    h1 = int(area / w1 // multiple * multiple)
+    h2 = int(exact_h // multiple * multiple)
+    w2 = int(area / h2 // multiple * multiple)
+
+    def distance(w: int, h: int) -> float:
+        return max(ratio / (w / h), (w / h) / ratio)
+
+    return (w1, h1) if distance(w1, h1) < distance(w2, h2) else (w2, h2)
+
+
+def from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `resolve` out of settings embedded in a file. Nothing that names a path is taken from there."""
+    known = (
+        "prompt", "negative_prompt", "num_frames", "fps", "num_steps", "shift", "guidance_scale", "solver", "guidance", "seed",
+    )  # fmt: skip
+    kwargs = {name: settings[name] for name in known if name in settings}
+    if kwargs.get("guidance") == "none":
+        kwargs.pop("guidance")
+    if "width" in settings and "height" in settings:
+        kwargs["size"] = (int(settings["width"]), int(settings["height"]))
+    return kwargs

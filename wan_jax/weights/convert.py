@@ -1,0 +1,250 @@
+"""Whole folders from one layout to another: import to Orbax, export to the official and the diffusers layout, check."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from wan_jax.checkpoint import save_params
+from wan_jax.config import MODELS, CLIPConfig, DiTConfig, ModelSpec, UMT5Config
+from wan_jax.errors import CheckpointError, InputError
+from wan_jax.model import Model, build
+from wan_jax.weights import layouts
+from wan_jax.weights.engine import Coverage, check, export
+from wan_jax.weights.maps import clip, dit, umt5, vae
+from wan_jax.weights.writers import write_pth, write_sharded_safetensors
+
+Say = Callable[[str], None]
+Tensors = Iterable[tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]
+
+
+def check_folder(folder: str | Path) -> dict[str, Coverage]:
+    """Coverage of every network of an official or diffusers folder; reads headers only."""
+    files = layouts.locate(folder)
+    if files.layout == "orbax":
+        raise InputError(f"{folder} is already converted; check takes the official or diffusers files")
+    report = {}
+    for part in layouts.NETWORKS:
+        if part in files.parts:
+            cfg = layouts.network_config(files.spec, part)
+            with layouts.open_part(part, files.parts[part]) as source:
+                report[part] = check(
+                    build(part, files.spec, jnp.bfloat16), layouts.table(part, cfg), source,
+                    layout=files.layout, ignore=layouts.ignored(part, files.layout),
+                )  # fmt: skip
+    return report
+
+
+def import_folder(model: Model, target: str | Path, say: Say = print) -> None:
+    """Write a model as Orbax checkpoints, one network at a time. The manifest comes last: without it nothing is there."""
+    target = new_folder(target)
+    for part in model.parts:
+        say(f"{part}: reading {model.files.parts[part]}")
+        network = model.network(part)
+        say(f"{part}: writing {target / part}")
+        save_params(target / part, network)
+        del network
+        model.release(part)
+    shutil.copytree(model.files.parts["tokenizer"], target / "tokenizer")
+    manifest = {"spec": layouts.spec_to_json(model.spec), "parts": [*model.parts, "tokenizer"]}
+    (target / layouts.MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def new_folder(path: str | Path) -> Path:
+    path = Path(path)
+    if path.exists() and any(path.iterdir()):
+        raise InputError(f"{path} exists and is not empty: name a new folder")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def export_folder(
+    model: Model, target: str | Path, layout: str, *, parts: Iterable[str] | None = None, dtype: Any = None, say: Say = print
+) -> None:
+    """Write a model in the official or the diffusers layout, adapters merged.
+
+    Args:
+        parts: networks to write, default all. ComfyUI and diffusers take the transformer alone too.
+        dtype: of the tensors; default that of the loaded model.
+    """
+    chosen = tuple(parts or model.parts)
+    for part in set(chosen) - set(model.parts):
+        raise InputError(f"{model.spec.name} has no {part}: it has {', '.join(model.parts)}")
+
+    def tensors(part: str) -> Iterator:
+        rows = layouts.table(part, layouts.network_config(model.spec, part))
+        return export(model.network(part), rows, layout=layout, dtype=dtype)
+
+    write_folder(model.spec, target, layout, chosen, tensors, say, after=model.release)
+    folder = layouts.TOKENIZER_OFFICIAL if layout == "official" else layouts.DIFFUSERS_FOLDERS["tokenizer"]
+    shutil.copytree(model.files.parts["tokenizer"], Path(target) / folder)
+
+
+def write_folder(
+    spec: ModelSpec,
+    target: str | Path,
+    layout: str,
+    parts: Iterable[str],
+    tensors: Callable[[str], Tensors],
+    say: Say = print,
+    after: Callable[[str], None] = lambda part: None,
+) -> None:
+    """Write networks and their configuration files; ``tensors(part)`` gives what to write under the layout's names."""
+    target = new_folder(target)
+    for part in parts:
+        path = part_path(spec, target, layout, part)
+        say(f"{part}: writing {path}")
+        if path.suffix == ".pth":
+            write_pth(path, tensors(part))
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            stem = "model" if part.endswith("_encoder") else layouts.DIT_STEM
+            write_sharded_safetensors(path, stem, tensors(part), metadata={"format": "pt"})
+            write_json(path / "config.json", part_config(spec, layout, part))
+        after(part)
+    if layout == "diffusers":
+        _write_index(spec, target, parts)
+
+
+def part_path(spec: ModelSpec, folder: Path, layout: str, part: str) -> Path:
+    """File or folder of one network."""
+    if layout == "diffusers":
+        return folder / layouts.DIFFUSERS_FOLDERS[part]
+    if part.startswith("dit"):
+        return folder / layouts.EXPERT_FOLDERS[part] if spec.num_experts == 2 else folder
+    names = {"vae": f"Wan{spec.vae.version}_VAE.pth", "text_encoder": layouts.T5_FILE, "image_encoder": layouts.CLIP_FILE}
+    return folder / names[part]
+
+
+def part_config(spec: ModelSpec, layout: str, part: str) -> dict[str, Any]:
+    cfg = layouts.network_config(spec, part)
+    if part.startswith("dit"):
+        return dit.config_to_official(cfg, spec.task) if layout == "official" else dit.config_to_diffusers(cfg)
+    return {"vae": vae.config_to_diffusers, "text_encoder": umt5.config_to_diffusers, "image_encoder": clip.config_to_diffusers}[part](cfg)
+
+
+def _write_index(spec: ModelSpec, target: Path, parts: Iterable[str]) -> None:
+    """model_index.json and the scheduler's configuration, as diffusers pipelines read them."""
+    image = spec.task in ("i2v", "flf2v")
+    index: dict[str, Any] = {
+        "_class_name": "WanImageToVideoPipeline" if image else "WanPipeline",
+        "_diffusers_version": "0.35.0",
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": ["diffusers", "WanTransformer3DModel"] if spec.num_experts == 2 else [None, None],
+        "boundary_ratio": spec.boundary,
+        "expand_timesteps": spec.task == "ti2v",
+    }
+    if image:
+        known = spec.clip is not None
+        index["image_encoder"] = ["transformers", "CLIPVisionModel"] if known else [None, None]
+        index["image_processor"] = ["transformers", "CLIPImageProcessor"] if known else [None, None]
+    write_json(target / "model_index.json", index)
+    scheduler = {
+        "_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000, "solver_order": 2, "solver_type": "bh2",
+        "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": spec.shift, "predict_x0": True,
+        "lower_order_final": True, "final_sigmas_type": "zero", "timestep_spacing": "linspace",
+    }  # fmt: skip
+    write_json(target / "scheduler" / "scheduler_config.json", scheduler)
+    if "image_encoder" in parts:
+        write_json(target / "image_processor" / "preprocessor_config.json", clip.processor_config(spec.clip))
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+# Widths of the small random models; every task's path runs in seconds on a CPU.
+_TINY_DIT = DiTConfig(dim=64, ffn_dim=128, num_heads=4, num_layers=2, text_dim=64, freq_dim=64)
+_TINY_VAE = {
+    "2.1": dict(dim=8, dec_dim=8),
+    "2.2": dict(dim=8, dec_dim=8, z_dim=48),
+}
+_TINY_BASE = {
+    "t2v": "wan2.1-t2v-1.3b", "i2v": "wan2.1-i2v-14b-480p", "flf2v": "wan2.1-flf2v-14b-720p",
+    "ti2v": "wan2.2-ti2v-5b", "t2v-moe": "wan2.2-t2v-a14b", "i2v-moe": "wan2.2-i2v-a14b",
+}  # fmt: skip
+
+
+def tiny_spec(kind: str) -> ModelSpec:
+    """A small relative of a published model: same parts, same paths, widths that run in seconds on a CPU."""
+    base = MODELS[_TINY_BASE[kind]]
+    vision = base.clip and CLIPConfig(image_size=56, dim=80, mlp_dim=160, num_heads=1, num_layers=3, out_dim=16)
+    images = vision.num_tokens * (2 if base.dit.image_positions else 1) if vision else 0
+    return dataclasses.replace(
+        base,
+        name=f"tiny-{kind}",
+        dit=dataclasses.replace(
+            _TINY_DIT, in_dim=base.dit.in_dim, out_dim=base.dit.out_dim, image_tokens=images,
+            image_dim=vision.dim if vision else base.dit.image_dim, image_positions=base.dit.image_positions,
+        ),
+        vae=dataclasses.replace(base.vae, **_TINY_VAE[base.vae.version]),
+        text=UMT5Config(vocab_size=384, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2),
+        clip=vision,
+    )  # fmt: skip
+
+
+def random_folder(
+    spec: ModelSpec, target: str | Path, *, layout: str = "official", dtypes: dict[str, Any] | None = None, seed: int = 0,
+    say: Say = print, write_tokenizer: Callable[[Path], None] | None = None,
+) -> None:  # fmt: skip
+    """Write random weights in a published layout: for demonstrations, benchmarks and tests of the loading code.
+
+    Tensors are made one at a time, so a checkpoint of any size can be written. Pictures made with it are noise.
+
+    Args:
+        dtypes: per network; default float32, the text encoder bfloat16 as in the official files.
+        write_tokenizer: fills the tokenizer's folder; default: a tiny one for the vocabulary's size.
+    """
+    dtypes = {"text_encoder": jnp.bfloat16} | (dtypes or {})
+    rng = np.random.default_rng(seed)
+
+    def tensors(part: str) -> Iterator:
+        shape = build(part, spec, jnp.float32)
+        rows = layouts.table(part, layouts.network_config(spec, part))
+        for name, dims, _, _ in export(shape, rows, layout=layout):
+            dtype = np.dtype(dtypes.get(part, jnp.float32))
+            yield name, dims, dtype, lambda name=name, dims=dims, dtype=dtype: _random(rng, name, dims).astype(dtype)
+
+    parts = ["dit"] + ["dit_low"] * (spec.num_experts == 2) + ["vae", "text_encoder"] + ["image_encoder"] * bool(spec.clip)
+    write_folder(spec, target, layout, parts, tensors, say)
+    folder = layouts.TOKENIZER_OFFICIAL if layout == "official" else layouts.DIFFUSERS_FOLDERS["tokenizer"]
+    (write_tokenizer or tiny_tokenizer(spec.text.vocab_size))(Path(target) / folder)
+
+
+
+def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Values of a plausible size: 1 for norms, 0.02 for biases and tables, 1 / sqrt(fan in) for matrices and convolutions."""
+    if len(shape) < 2 or name.endswith(("gamma", "modulation", "scale_shift_table")):
+        centre = 1.0 if ("norm" in name and name.endswith("weight")) or name.endswith("gamma") else 0.0
+        return centre + 0.02 * rng.standard_normal(shape, np.float32)
+    fan_in = int(np.prod(shape[1:]))
+    return rng.standard_normal(shape, np.float32) * np.float32(fan_in**-0.5)
+
+
+def tiny_tokenizer(vocab_size: int) -> Callable[[Path], None]:
+    """A tokenizer.json that spells words by bytes of their letters: enough to run a random model with any prompt."""
+
+    def write(folder: Path) -> None:
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+        letters = pre_tokenizers.ByteLevel.alphabet()
+        vocab = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *sorted(letters)]) if i < vocab_size}
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(folder / "tokenizer.json"))
+
+    return write
