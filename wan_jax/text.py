@@ -57,8 +57,8 @@ class Tokenizer:
                 return cls._from_sentencepiece(models[0])
         looked = "\n  ".join(map(str, places))
         raise CheckpointError(
-            "no tokenizer: expected tokenizer.json or spiece.model (from google/umt5-xxl, or the folder tokenizer of"
-            f" a diffusers repository); looked in\n  {looked}"
+            "no tokenizer: expected tokenizer.json or spiece.model, of google/umt5-xxl or from the folder"
+            f" tokenizer of a diffusers repository; looked in\n  {looked}"
         )
 
     @classmethod
@@ -98,7 +98,7 @@ class Tokenizer:
             dropped = len(ids) + 1 - max_length
             if dropped > 0:
                 _log.warning(
-                    "prompt %r...: the last %d of its %d tokens are dropped, the model reads %d and the end token",
+                    "prompt %r...: the last %d of its %d tokens are dropped, the model reads %d",
                     text[:40], dropped, len(ids), max_length - 1,
                 )  # fmt: skip
             ids = [*ids[: max_length - 1], EOS_ID]
@@ -110,6 +110,6 @@ class Tokenizer:
 def _check_ids(path: Path, pad: int | None, eos: int | None) -> None:
     if (pad, eos) != (PAD_ID, EOS_ID):
         raise CheckpointError(
-            f"{path}: <pad> and </s> have ids {pad} and {eos}, umT5 has {PAD_ID} and {EOS_ID}: use the tokenizer"
-            " of google/umt5-xxl"
+            f"{path}: <pad> and </s> have ids {pad} and {eos}, umT5 has {PAD_ID} and {EOS_ID}: use the"
+            " tokenizer of google/umt5-xxl"
         )

@@ -29,17 +29,17 @@ _MASKED = float(np.finfo(np.float32).min)  # finite: a row without any valid key
 def relative_buckets(rel: np.ndarray, num_buckets: int, max_distance: int) -> np.ndarray:
     """Bucket of each distance ``key - query``, int32: one half for earlier keys, the other for later ones.
 
-    In each half the first buckets hold one distance each, the rest grow logarithmically up to ``max_distance``
-    and the last takes all beyond. Source: ``T5RelativeEmbedding``; its float32 logarithm decides the borders.
+    In each half the first buckets hold one distance each, the rest grow logarithmically to ``max_distance``,
+    the last takes all beyond. Source: ``T5RelativeEmbedding``; its float32 logarithm decides the borders.
     """
     half = num_buckets // 2
     exact = half // 2
     distance = np.abs(rel)
-    octave = np.log(np.maximum(distance, exact).astype(np.float32) / np.float32(exact)) / np.float32(
-        math.log(max_distance / exact)
-    )
-    logarithmic = np.minimum(exact + (octave * np.float32(half - exact)).astype(np.int32), half - 1)
-    return ((rel > 0) * half + np.where(distance < exact, distance, logarithmic)).astype(np.int32)
+    share = np.log(np.float32(np.maximum(distance, exact)) / np.float32(exact))
+    share = share / np.float32(math.log(max_distance / exact))  # 0 at ``exact``, 1 at ``max_distance``
+    far = exact + (share * np.float32(half - exact)).astype(np.int32)
+    near_or_far = np.where(distance < exact, distance, np.minimum(far, half - 1))
+    return (near_or_far + half * (rel > 0)).astype(np.int32)
 
 
 class Embedding(nnx.Module):
@@ -53,7 +53,7 @@ class Embedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention without biases, and without the factor ``K ** -0.5`` that T5 trains into ``q``."""
+    """Multi-head self-attention without biases and without ``K ** -0.5``, which T5 trains into ``q``."""
 
     def __init__(self, cfg: UMT5Config, *, dtype: Any, rngs: nnx.Rngs):
         def linear(d_in: int, d_out: int) -> Linear:

@@ -37,7 +37,7 @@ def _resize_axis(x: Array, axis: int, size: int) -> Array:
 def _taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
     """Source index and weight of the four neighbours of each output position, [4, size_out] each.
 
-    The scale is float32 and the position is rounded once, as PyTorch's fused multiply-add does: on large images
+    The scale is float32 and the position rounded once, as PyTorch's fused multiply-add does: on large images
     this rounding decides the fourth digit of the result.
     """
     scale = np.float64(np.float32(size_in / size_out))

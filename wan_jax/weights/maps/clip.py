@@ -118,10 +118,10 @@ def config_to_diffusers(cfg: CLIPConfig) -> dict:
 
 
 def processor_config(cfg: CLIPConfig) -> dict:
-    """``image_processor/preprocessor_config.json``: diffusers' nearest equivalent of the official preprocessing."""
+    """``image_processor/preprocessor_config.json``: the nearest to the official preprocessing."""
     return {
         "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True,
-        "do_center_crop": False, "do_rescale": True, "do_normalize": True, "resample": 3, "rescale_factor": 1 / 255,
-        "size": {"height": cfg.image_size, "width": cfg.image_size},
+        "do_center_crop": False, "do_rescale": True, "do_normalize": True, "resample": 3,
+        "rescale_factor": 1 / 255, "size": {"height": cfg.image_size, "width": cfg.image_size},
         "image_mean": list(PIXEL_MEAN), "image_std": list(PIXEL_STD),
     }  # fmt: skip

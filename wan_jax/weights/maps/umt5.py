@@ -1,4 +1,4 @@
-"""Names of umT5 in the official (``T5Encoder``) and the diffusers layout (transformers' ``UMT5EncoderModel``)."""
+"""Names of umT5 in the official and the diffusers layout (transformers' ``UMT5EncoderModel``)."""
 
 from __future__ import annotations
 
