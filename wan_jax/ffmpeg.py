@@ -107,12 +107,9 @@ def decode(path: Path, found: Probe, num_frames: int) -> tuple[np.ndarray, np.nd
 def read_comment(path: Path) -> str:
     """The ``comment`` of a video file, or an empty string."""
     listing, _ = _read(path, "-f", "ffmetadata", "pipe:1")
-    # Lines key=value, a backslash before = ; # \ and newline; matched in order, so no value passes for a key.
-    line = re.compile(r"((?:\\.|[^\\=\n])+)=((?:\\.|[^\\\n])*)\n", re.DOTALL)
-    for key, value in line.findall(listing.decode("utf-8", "replace")):
-        if key == "comment":
-            return re.sub(r"\\(.)", r"\1", value, flags=re.DOTALL)
-    return ""
+    # Lines key=value, in which = ; # \ and newline are escaped by a backslash.
+    line = re.search(r"^comment=(.*)$", listing.decode("utf-8", "replace"), re.MULTILINE)
+    return re.sub(r"\\(.)", r"\1", line[1]) if line else ""
 
 
 def write_mp4(path: Path, clip: Clip, *, comment: str, crf: int, preset: str) -> None:
@@ -173,5 +170,5 @@ def _run(*args: str, feed: memoryview | None = None, timeout: float | None = Non
     done = subprocess.run(command, input=feed or b"", capture_output=True, timeout=timeout)
     log = done.stderr.decode("utf-8", "replace")
     if done.returncode:
-        raise WanError("ffmpeg failed: " + "; ".join(log.strip().splitlines()[-8:]))
+        raise WanError("\n  ".join(["ffmpeg failed:", *log.strip().splitlines()[-12:]]))
     return done.stdout, log

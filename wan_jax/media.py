@@ -121,11 +121,10 @@ def read_image(
     from PIL import Image
 
     if isinstance(source, np.ndarray):
-        kind = f"{source.dtype} {list(source.shape)}"
-        if source.dtype != np.uint8 or source.ndim < 2 or source.shape[2:] not in ((), (3,), (4,)):
-            raise InputError(f"image array is {kind}: need uint8 [H, W, 3]")
-        with _pillow_errors(f"image array {kind}"):
-            return _to_rgb(Image.fromarray(source), max_pixels)
+        fits = source.ndim >= 2 and source.shape[2:] in ((), (3,), (4,)) and source.size
+        if source.dtype != np.uint8 or not fits:
+            raise InputError(f"image array is {source.dtype} {list(source.shape)}: need uint8 [H, W, 3]")
+        return _to_rgb(Image.fromarray(source), max_pixels)
     if isinstance(source, Image.Image):
         with _pillow_errors("image"):
             return _to_rgb(source, max_pixels)
@@ -355,9 +354,10 @@ def _write_pictures(path: Path, video: np.ndarray, fps: float, text: str) -> Non
     delays = tick * np.diff(np.rint(np.arange(len(video) + 1) * 1000 / fps / tick)).astype(int)
     motion = {"save_all": True, "duration": delays.tolist(), "loop": 0}
     match path.suffix:
-        case ".gif":  # one palette, from 16 of the frames, so that colours do not flicker
+        case ".gif":  # one palette for all, from 16 of the frames, so that colours do not flicker
             sample = video[np.linspace(0, len(video) - 1, min(len(video), 16)).astype(int)]
-            palette = Image.fromarray(sample.reshape(-1, video.shape[2], 3)).quantize(256)
+            sample = Image.fromarray(sample.reshape(-1, video.shape[2], 3))
+            palette = sample.quantize(256, method=Image.Quantize.MAXCOVERAGE)
             frames = [frame.quantize(palette=palette) for frame in frames]
             frames[0].save(path, append_images=frames[1:], comment=comment, **motion)
         case ".webp":

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wan_jax.checkpoint import abstract, restore_params
-from wan_jax.config import ModelSpec
+from wan_jax.config import ModelSpec, find_model
 from wan_jax.errors import CheckpointError, InputError
 from wan_jax.models.clip import CLIPVision
 from wan_jax.models.dit import DiT
 from wan_jax.models.umt5 import UMT5
 from wan_jax.models.vae import VAE
+from wan_jax.parallel import memory_budget
 from wan_jax.text import Tokenizer
 from wan_jax.weights import layouts
 from wan_jax.weights.engine import fill
@@ -153,19 +154,6 @@ class Model:
         self.release("dit", "dit_low")
 
 
-def memory_budget(mesh: jax.sharding.Mesh | None) -> int:
-    """Bytes that weights may use: of the mesh's devices together, or the free host memory on CPU."""
-    devices = list(mesh.devices.flat) if mesh is not None else jax.devices()[:1]
-    stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] * len(devices)
-    try:
-        meminfo = Path("/proc/meminfo").read_text().split("MemAvailable:")[1]
-        return int(meminfo.split()[0]) * 1024
-    except (OSError, IndexError):
-        return 16 * 2**30  # unknown host: assume a common laptop
-
-
 def load(
     name: str | Path,
     *,
@@ -193,7 +181,16 @@ def load(
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise InputError(f"dtype={dtype}: use {' or '.join(DTYPES)}")
-    folder = resolve(name, offline=offline, revision=revision)
+    folder = resolve(name, offline=offline, revision=revision, needed_bytes=_largest_network(str(name), dtype))
     model = Model(layouts.locate(folder), dtype=dtype, mesh=mesh, offload=offload)
     model.add_loras([Lora.open(lora) if isinstance(lora, str) else lora for lora in loras])
     return model
+
+
+def _largest_network(name: str, dtype: Any) -> int:
+    """Bytes of the largest network of a published model, the least that a run must hold; 0 for a folder."""
+    try:
+        spec = find_model(name)
+    except InputError:
+        return 0
+    return max(num_bytes(build(part, spec, dtype)) for part in layouts.spec_parts(spec))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -138,3 +139,21 @@ def param_sharding(network: str, path: str, shape: Sequence[int], mesh: Mesh) ->
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def free_host_memory() -> int | None:
+    """Bytes of host memory that a process may still take, or None where nothing portable tells it."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def memory_budget(mesh: Mesh | None) -> int:
+    """Bytes that weights may use: of the mesh's devices together, or the free host memory on CPU."""
+    devices = list(mesh.devices.flat) if mesh is not None else jax.devices()[:1]
+    stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] * len(devices)
+    return free_host_memory() or 16 * 2**30  # unknown: assume a common laptop

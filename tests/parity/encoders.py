@@ -25,33 +25,17 @@ def _limit(config: Mapping) -> float:
 
 
 def build_umt5(config: Mapping, tensors: Mapping[str, np.ndarray], prefix: str = "") -> UMT5:
-    cfg = UMT5Config(
-        **{
-            name: config[name]
-            for name in (
-                "vocab_size",
-                "dim",
-                "dim_attn",
-                "dim_ffn",
-                "num_heads",
-                "num_layers",
-                "num_buckets",
-                "eps",
-            )
-        },
-        max_distance=config["max_dist"],
-    )
+    names = "vocab_size dim dim_attn dim_ffn num_heads num_layers num_buckets eps".split()
+    cfg = UMT5Config(**{name: config[name] for name in names}, max_distance=config["max_dist"])
     shape = abstract(lambda: UMT5(cfg, rngs=nnx.Rngs(0)))
     return fill(shape, umt5_map.rows(cfg), params(tensors, prefix), network="text_encoder", what="golden")
 
 
 def build_clip(config: Mapping, tensors: Mapping[str, np.ndarray], prefix: str = "") -> CLIPVision:
     assert config["activation"] == "gelu", "the released tower has the exact GELU"
+    names = "image_size patch_size dim num_heads num_layers out_dim".split()
     cfg = CLIPConfig(
-        **{
-            name: config[name]
-            for name in ("image_size", "patch_size", "dim", "num_heads", "num_layers", "out_dim")
-        },
+        **{name: config[name] for name in names},
         mlp_dim=int(config["dim"] * config["mlp_ratio"]),
         eps=config["norm_eps"],
     )

@@ -73,8 +73,8 @@ class Block(nnx.Module):
 class CLIPVision(nnx.Module):
     """Penultimate hidden state of the tower. The module is a pytree: pass it to `jax.jit`.
 
-    The last block, ``post_norm`` and ``head`` are held so that a loaded checkpoint exports complete; they take
-    no part in the result. ``out_dim=0`` builds the tower without the head, as diffusers keeps it.
+    The last block, ``post_norm`` and ``head`` are held so that a loaded checkpoint exports complete, but
+    take no part in the result. ``out_dim=0`` builds the tower without the head, as diffusers keeps it.
     """
 
     def __init__(self, cfg: CLIPConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):

@@ -217,8 +217,7 @@ def random_folder(
             dtype = np.dtype(dtypes.get(part, jnp.float32))
             yield name, dims, dtype, lambda name=name, dims=dims, dtype=dtype: _random(rng, name, dims).astype(dtype)
 
-    parts = ["dit"] + ["dit_low"] * (spec.num_experts == 2) + ["vae", "text_encoder"] + ["image_encoder"] * bool(spec.clip)
-    write_folder(spec, target, layout, parts, tensors, say)
+    write_folder(spec, target, layout, layouts.spec_parts(spec), tensors, say)
     folder = layouts.TOKENIZER_OFFICIAL if layout == "official" else layouts.DIFFUSERS_FOLDERS["tokenizer"]
     (write_tokenizer or tiny_tokenizer(spec.text.vocab_size))(Path(target) / folder)
 

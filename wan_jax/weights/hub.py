@@ -422,13 +422,9 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _warn_if_memory_is_short(needed_bytes: int) -> None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux: nothing portable tells it
-        return
-    free = next(
-        (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), needed_bytes
-    )
-    if needed_bytes > free:
+    from wan_jax.parallel import free_host_memory  # brings in JAX, which listing files does not need
+
+    free = free_host_memory()
+    if free is not None and needed_bytes > free:
         text = "loading takes about %s of host memory, %s are available: expect swapping or a killed process"
         _log.warning(text, format_bytes(needed_bytes), format_bytes(free))

@@ -48,6 +48,12 @@ class Files:
     parts: Mapping[str, Path]
 
 
+def spec_parts(spec: ModelSpec) -> tuple[str, ...]:
+    """Names of the networks of a model."""
+    absent = {"dit_low": spec.num_experts == 1, "image_encoder": spec.clip is None}
+    return tuple(part for part in NETWORKS if not absent.get(part))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
