@@ -138,7 +138,7 @@ def test_bfloat16_is_near_float32(network):
     assert out.dtype == jnp.float32
     if network == "text_encoder":
         out, exact = out[MASK == 1], exact[MASK == 1]
-    assert np.linalg.norm(out - exact) / np.linalg.norm(exact) < 0.02
+    assert np.linalg.norm(out - exact) / np.linalg.norm(exact) < 0.05  # rounding the weights alone: 0.02
 
 
 def test_umt5_ignores_what_is_masked():

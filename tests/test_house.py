@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import io
 import json
 import re
@@ -17,12 +18,15 @@ from pathlib import Path
 
 import pytest
 
+from wan_jax.cli import make_parser
+
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "wan_jax").rglob("*.py"))
 
-# Layer -> what it may import of the package. A layer is a module or a folder under wan_jax; the longest name counts.
-# Everything may import ``errors``, and itself.
+# Layer -> what it may import of the package, beside ``errors`` and itself. A layer is a module or a folder of wan_jax;
+# the longest name that fits a module is its layer.
 MAY_IMPORT = {
+    "wan_jax": "",
     "errors": "",
     "config": "",
     "parallel": "config",
@@ -33,25 +37,27 @@ MAY_IMPORT = {
     "media": "config ffmpeg",
     "text": "config",
     "weights": "config parallel models checkpoint",
-    "sampling": "config parallel nn.stack",  # given a velocity function; of nn only the compiler's options
+    "sampling": "config parallel nn.stack",  # it is given a velocity function; of nn it takes the compiler's options
     "sampling.resume": "sampling weights.readers weights.writers",  # the saved state is a safetensors file
     "request": "config sampling",
     "model": "config parallel models checkpoint text weights",
     "conditions": "config parallel nn models media sampling",
-    "pipeline": "config parallel nn models model media request conditions sampling",
+    "pipeline": "wan_jax config parallel nn models media model request conditions sampling sampling.resume",
     "weights.convert": "config checkpoint model weights",  # whole models from layout to layout: above ``model``
-    "cli": "config parallel media request model pipeline weights weights.convert",
+    "cli": "wan_jax config parallel media request model pipeline weights weights.convert",
 }
 FOREIGN = {"torch", "transformers", "diffusers", "tensorflow", "convert", "configs", "benchmarks", "tests"}
-HEAVY = "torch transformers diffusers tensorflow gradio librosa orbax optax imageio PIL".split()
-IMPORT_SECONDS = 1.5
-MAX_MEGABYTES = 30
-MIN_LINES = 8
 
+HEAVY = ("torch", "transformers", "diffusers", "tensorflow", "gradio", "librosa", "orbax", "optax", "imageio", "PIL")
+PULLED_BY_FLAX = ("optax",)
+IMPORT_SECONDS = 1.5
+
+MIN_LINES = 8
+MAX_BYTES = 30 * 2**20
 PRIVATE = {
-    "path of one machine": r"(?<![\w.:/-])/(?:work|root|home/\w+|Users/\w+|tmp/\w+)/",
+    "path of one machine": r"(?<![\w.:/-])/(work|root|(home|Users|tmp)/\w+)/",
     "Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
-    "GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{40,})",
+    "GitHub token": r"\b(gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{40,})",
     "AWS key": r"\bAKIA[0-9A-Z]{16}\b",
     "Google key": r"\bAIza[\w-]{35}",
     "API key": r"\bsk-[\w-]{32,}",
@@ -60,49 +66,175 @@ PRIVATE = {
 
 
 def module_name(path: Path) -> str:
-    """``wan_jax/models/dit.py`` -> ``models.dit``; the package itself is empty."""
+    """``wan_jax/models/dit.py`` -> ``models.dit``; the package itself is ``wan_jax``."""
     parts = path.relative_to(ROOT / "wan_jax").with_suffix("").parts
-    return ".".join(part for part in parts if part != "__init__")
+    return ".".join(part for part in parts if part != "__init__") or "wan_jax"
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Dotted names that a module imports, inside functions too; not those for type checkers alone."""
+    """Dotted names that a module imports, inside functions too, but not those for type checkers alone."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
-            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
-        else:
+        elif not (isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"):
             yield from imports(node)
 
 
-def layer(name: str) -> str:
-    fits = [key for key in MAY_IMPORT if f"{name}.".startswith(f"{key}.")]
-    return max(fits, key=len, default="")
+def layer(module: str) -> str:
+    return max((name for name in MAY_IMPORT if f"{module}.".startswith(f"{name}.")), key=len, default="wan_jax")
 
 
-def forbidden_import(importer: str, imported: str) -> bool:
-    """Whether module ``importer`` of the package may not import ``imported``, both without ``wan_jax.``."""
+def may_import(importer: str, imported: str) -> bool:
     ours, theirs = layer(importer), layer(imported)
-    if not theirs:  # the package itself, for its version
-        return imported != "__version__"
-    allowed = MAY_IMPORT[ours].split()
-    return theirs not in ("errors", ours, *allowed) and not any(f"{imported}.".startswith(f"{a}.") for a in allowed)
+    names = {"errors", ours, *MAY_IMPORT[ours].split()}
+    parts = (name for name in names if name.startswith(f"{theirs}."))  # a row may allow a part of a layer
+    return theirs in names or any(f"{imported}.".startswith(f"{part}.") for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported", "allowed"),
+    [
+        ("models.dit", "nn.layers.Linear", True),
+        ("nn.layers", "models.dit.DiT", False),
+        ("sampling.sampler", "nn.stack", True),
+        ("sampling.sampler", "nn.layers.Linear", False),
+        ("sampling.sampler", "weights.readers.open_checkpoint", False),
+        ("weights.engine", "model.load", False),
+        ("model", "weights.convert.check_folder", False),
+        ("config", "__version__", False),
+    ],
+)
+def test_the_rule_itself(importer, imported, allowed):
+    assert may_import(importer, imported) == allowed
 
 
 def test_import_directions():
     faults = []
-    for path in SOURCES:
-        importer = module_name(path)
-        if importer and not layer(importer):
-            faults.append(f"{path.name}: a new module; give it a row in MAY_IMPORT")
+    modules = [module_name(path) for path in SOURCES]
+    faults += [f"MAY_IMPORT has a row for {name}: no such module" for name in set(MAY_IMPORT) - set(modules)]
+    for path, importer in zip(SOURCES, modules, strict=True):
+        if layer(importer) == "wan_jax" != importer:
+            faults.append(f"{importer}: a new module; give it a row in MAY_IMPORT")
+            continue
         for name in imports(ast.parse(path.read_text(encoding="utf-8"))):
             first, _, rest = name.partition(".")
-            if not first or first in FOREIGN:
-                faults.append(f"{importer or 'wan_jax'} imports {name}: never inside wan_jax")
-            elif first == "wan_jax" and importer and forbidden_import(importer, rest or "."):
-                if rest != "__init__" and rest:
-                    faults.append(f"{importer} imports {rest}; {layer(importer)} may import: {MAY_IMPORT[layer(importer)]}")
+            if first in FOREIGN or not first:
+                faults.append(f"{importer} imports {name}: never inside wan_jax (relative imports neither)")
+            elif first == "wan_jax" and not may_import(importer, rest or "wan_jax"):
+                faults.append(f"{importer} imports {rest}; it may import: errors {MAY_IMPORT[layer(importer)]}")
     assert not faults, "\n".join(faults)
+
+
+def normalised(function: ast.FunctionDef) -> str | None:
+    """The body without its docstring and without any name of a variable; None when shorter than `MIN_LINES`."""
+    body = copy.deepcopy(function.body[ast.get_docstring(function) is not None :])
+    if not body or body[-1].end_lineno - body[0].lineno + 1 < MIN_LINES:
+        return None
+    for node in (node for statement in body for node in ast.walk(statement)):
+        for name in {"id", "arg", "name"} & set(node._fields):
+            setattr(node, name, "")
+    return "\n".join(ast.dump(statement) for statement in body)
+
+
+def repeated(sources: dict[str, str]) -> list[list[str]]:
+    places = defaultdict(list)
+    for where, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (body := normalised(node)):
+                places[body].append(f"{where}:{node.lineno} {node.name}")
+    return [found for found in places.values() if len(found) > 1]
+
+
+def test_no_function_is_repeated():
+    assert not repeated({str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in SOURCES})
+    body = "".join(f"    x{i} = a.b({i}) + c\n" for i in range(MIN_LINES))
+    renamed = '    """Other names."""\n' + body.replace("x", "y").replace("c\n", "z\n")
+    assert repeated({"a": f"def f(a, c):\n{body}", "b": f"def g(a, z):\n{renamed}"})  # the test can fail
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def loaded(module: str) -> set[str]:
+    """Which of `HEAVY` importing a module loads."""
+    return set(json.loads(run_python(f"import json, sys, {module}; print(json.dumps([m for m in {HEAVY} if m in sys.modules]))")))
+
+
+def test_import_is_fast():
+    def seconds() -> float:
+        begin = time.perf_counter()
+        run_python("import wan_jax")
+        return time.perf_counter() - begin
+
+    assert min(seconds() for _ in range(3)) <= IMPORT_SECONDS
+
+
+def test_import_is_light():
+    assert not loaded("wan_jax")
+    assert not loaded("wan_jax.cli")
+    assert loaded("wan_jax.pipeline") <= set(PULLED_BY_FLAX)
+
+
+def commands(markdown: str) -> Iterator[str]:
+    """``wan-jax ...`` in the code blocks of a page, lines joined at a final backslash, up to a comment, pipe or ``&&``."""
+    for block in re.findall(r"^```\w*\n(.*?)^```", markdown, re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            if match := re.search(r"(?:^|[\s$/])wan-jax\s(.*)", line):
+                yield match[1]
+
+
+def complaint(command: str) -> str:
+    """What the parser says about a command line, nothing when it understands it."""
+    lexer = shlex.shlex(command, posix=True, punctuation_chars="|&;<>")
+    lexer.whitespace_split = True
+    words = []
+    for word in lexer:
+        if word[0] in "|&;<>":
+            break
+        words.append(word)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            make_parser().parse_args(words)
+    except SystemExit as stop:
+        if stop.code:
+            return f"wan-jax {command}\n  {said.getvalue().strip().splitlines()[-1]}"
+    return ""
+
+
+def test_documented_commands_exist():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    faults = [fault for page in pages for command in commands(page.read_text(encoding="utf-8")) if (fault := complaint(command))]
+    assert not faults, "\n".join(faults)
+
+
+def test_a_wrong_command_is_found():
+    page = "```bash\n$ .venv/bin/wan-jax generate --model m \\\n  --prompt 'a | b' --seeed 3 | tee log  # text\n```\nwan-jax nothing\n"
+    (command,) = commands(page)
+    assert "did you mean --seed" in complaint(command)
+    assert not complaint(command.replace("--seeed", "--seed")) and complaint("generat --model m")
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[Path]:
+    git = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if git.returncode or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    return [path for name in git.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_nothing_private_is_tracked(tracked):
+    faults = []
+    for path in tracked:
+        text = path.read_bytes().decode("utf-8", "replace")
+        for what, pattern in PRIVATE.items():
+            if match := re.search(pattern, text):
+                faults.append(f"{path.relative_to(ROOT)}: {what}: {match[0][:12]}...")
+    assert not faults, "\n".join(faults)
+
+
+def test_no_large_file_is_tracked(tracked):
+    assert not [f"{path}: {path.stat().st_size} bytes" for path in tracked if path.stat().st_size > MAX_BYTES]

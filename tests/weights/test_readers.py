@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from wan_jax.errors import CheckpointError
-from wan_jax.weights.readers import SAFETENSORS_DTYPES, open_checkpoint, verify_sha256
+from wan_jax.weights.lazy import SAFETENSORS_DTYPES
+from wan_jax.weights.readers import open_checkpoint, verify_sha256
 from wan_jax.weights.writers import write_pth, write_safetensors, write_sharded_safetensors
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")

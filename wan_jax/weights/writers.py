@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from wan_jax.errors import CheckpointError
-from wan_jax.weights.readers import SAFETENSORS_DTYPES, TORCH_STORAGES
+from wan_jax.weights.lazy import SAFETENSORS_DTYPES, TORCH_STORAGES
 
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _STORAGE_NAMES = {dtype: name for name, dtype in TORCH_STORAGES.items()}
