@@ -1,4 +1,4 @@
-"""The house: who may import whom, no copied function, a light import, a README that tells the truth, nothing private."""
+"""The house: who may import whom, no copies, a light import, commands that exist, nothing private."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from wan_jax.cli import make_parser
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "wan_jax").rglob("*.py"))
 
-# Layer -> what it may import of the package, beside ``errors`` and itself. A layer is a module or a folder of wan_jax;
-# the longest name that fits a module is its layer.
+# Layer -> what it may import of the package, beside ``errors`` and itself. A layer is a module or a folder of
+# wan_jax; the longest name that fits a module is its layer.
 MAY_IMPORT = {
     "wan_jax": "",
     "errors": "",
@@ -37,19 +37,19 @@ MAY_IMPORT = {
     "media": "config ffmpeg",
     "text": "config",
     "weights": "config parallel models checkpoint",
-    "sampling": "config parallel nn.stack",  # it is given a velocity function; of nn it takes the compiler's options
+    "sampling": "config parallel nn.stack",  # given a velocity function; of nn only the compiler's options
     "sampling.resume": "sampling weights.readers weights.writers",  # the saved state is a safetensors file
     "request": "config sampling",
     "model": "config parallel models checkpoint text weights",
     "conditions": "config parallel nn models media sampling",
-    "pipeline": "wan_jax config parallel nn models media model request conditions sampling sampling.resume",
-    "weights.convert": "config checkpoint model weights",  # whole models from layout to layout: above ``model``
+    "pipeline": "wan_jax config parallel nn models model media request conditions sampling sampling.resume",
+    "weights.convert": "config checkpoint model weights",  # whole models, from layout to layout
     "cli": "wan_jax config parallel media request model pipeline weights weights.convert",
 }
 FOREIGN = {"torch", "transformers", "diffusers", "tensorflow", "convert", "configs", "benchmarks", "tests"}
 
-HEAVY = ("torch", "transformers", "diffusers", "tensorflow", "gradio", "librosa", "orbax", "optax", "imageio", "PIL")
-PULLED_BY_FLAX = ("optax",)
+HEAVY = "torch transformers diffusers tensorflow gradio librosa orbax optax imageio PIL".split()
+PULLED_BY_FLAX = {"optax"}
 IMPORT_SECONDS = 1.5
 
 MIN_LINES = 8
@@ -77,13 +77,15 @@ def imports(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
+            module = "." * node.level + (node.module or "")
+            yield from (f"{module}.{alias.name}" for alias in node.names)
         elif not (isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"):
             yield from imports(node)
 
 
 def layer(module: str) -> str:
-    return max((name for name in MAY_IMPORT if f"{module}.".startswith(f"{name}.")), key=len, default="wan_jax")
+    fits = (name for name in MAY_IMPORT if f"{module}.".startswith(f"{name}."))
+    return max(fits, key=len, default="wan_jax")
 
 
 def may_import(importer: str, imported: str) -> bool:
@@ -123,12 +125,13 @@ def test_import_directions():
             if first in FOREIGN or not first:
                 faults.append(f"{importer} imports {name}: never inside wan_jax (relative imports neither)")
             elif first == "wan_jax" and not may_import(importer, rest or "wan_jax"):
-                faults.append(f"{importer} imports {rest}; it may import: errors {MAY_IMPORT[layer(importer)]}")
+                allowed = MAY_IMPORT[layer(importer)]
+                faults.append(f"{importer} imports {rest}; it may import: errors {allowed}")
     assert not faults, "\n".join(faults)
 
 
 def normalised(function: ast.FunctionDef) -> str | None:
-    """The body without its docstring and without any name of a variable; None when shorter than `MIN_LINES`."""
+    """The body without docstring and names of variables; None when shorter than `MIN_LINES`."""
     body = copy.deepcopy(function.body[ast.get_docstring(function) is not None :])
     if not body or body[-1].end_lineno - body[0].lineno + 1 < MIN_LINES:
         return None
@@ -155,12 +158,14 @@ def test_no_function_is_repeated():
 
 
 def run_python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
 def loaded(module: str) -> set[str]:
     """Which of `HEAVY` importing a module loads."""
-    return set(json.loads(run_python(f"import json, sys, {module}; print(json.dumps([m for m in {HEAVY} if m in sys.modules]))")))
+    modules = json.loads(run_python(f"import json, sys, {module}; print(json.dumps(list(sys.modules)))"))
+    return set(HEAVY) & set(modules)
 
 
 def test_import_is_fast():
@@ -175,11 +180,11 @@ def test_import_is_fast():
 def test_import_is_light():
     assert not loaded("wan_jax")
     assert not loaded("wan_jax.cli")
-    assert loaded("wan_jax.pipeline") <= set(PULLED_BY_FLAX)
+    assert loaded("wan_jax.pipeline") <= PULLED_BY_FLAX
 
 
 def commands(markdown: str) -> Iterator[str]:
-    """``wan-jax ...`` in the code blocks of a page, lines joined at a final backslash, up to a comment, pipe or ``&&``."""
+    """What follows ``wan-jax`` in the code blocks of a page, with lines joined at a final backslash."""
     for block in re.findall(r"^```\w*\n(.*?)^```", markdown, re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
             if match := re.search(r"(?:^|[\s$/])wan-jax\s(.*)", line):
@@ -187,7 +192,7 @@ def commands(markdown: str) -> Iterator[str]:
 
 
 def complaint(command: str) -> str:
-    """What the parser says about a command line, nothing when it understands it."""
+    """What the parser says to a command up to its comment, pipe or ``&&``; nothing when it accepts it."""
     lexer = shlex.shlex(command, posix=True, punctuation_chars="|&;<>")
     lexer.whitespace_split = True
     words = []
@@ -207,13 +212,13 @@ def complaint(command: str) -> str:
 
 def test_documented_commands_exist():
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    faults = [fault for page in pages for command in commands(page.read_text(encoding="utf-8")) if (fault := complaint(command))]
-    assert not faults, "\n".join(faults)
+    found = [command for page in pages for command in commands(page.read_text(encoding="utf-8"))]
+    assert not any(map(complaint, found)), "\n".join(map(complaint, found))
 
 
 def test_a_wrong_command_is_found():
-    page = "```bash\n$ .venv/bin/wan-jax generate --model m \\\n  --prompt 'a | b' --seeed 3 | tee log  # text\n```\nwan-jax nothing\n"
-    (command,) = commands(page)
+    line = "$ .venv/bin/wan-jax generate --model m \\\n  --prompt 'a | b' --seeed 3 | tee log  # text\n"
+    (command,) = commands(f"wan-jax outside a block\n```bash\n{line}```\n")
     assert "did you mean --seed" in complaint(command)
     assert not complaint(command.replace("--seeed", "--seed")) and complaint("generat --model m")
 

@@ -1,15 +1,12 @@
-"""The only pipeline: encode the conditions, sample, decode. Every task is a `Condition`; every model runs through here."""
+"""The only pipeline: encode the conditions, sample, decode. Every task is a `Condition`; every model runs here."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +16,28 @@ import numpy as np
 
 import wan_jax
 from wan_jax.conditions import (
-    Condition, crop_to_aspect, encode_image, encode_text, first_frame_latents, fit_picture, pin_first_frame, video_condition,
-)  # fmt: skip
+    Condition,
+    crop_to_aspect,
+    encode_image,
+    encode_text,
+    first_frame_latents,
+    fit_picture,
+    pin_first_frame,
+    video_condition,
+)
 from wan_jax.errors import InputError, OutOfMemoryError
 from wan_jax.media import Clip, read_image
 from wan_jax.model import Model
 from wan_jax.models.vae import to_uint8
 from wan_jax.nn.stack import compiler_options
 from wan_jax.parallel import use_mesh
-from wan_jax.request import Request, resolve
+from wan_jax.request import Request, array_hash, resolve
 from wan_jax.sampling.guidance import expert_steps, guided
-from wan_jax.sampling.resume import load_states, save_states
+from wan_jax.sampling.resume import Resume
 from wan_jax.sampling.sampler import Progress, Velocity, make_steps, sample, start
 from wan_jax.sampling.schedule import make_schedule
 from wan_jax.sampling.solvers import State
 
-log = logging.getLogger(__name__)
 Array = jax.Array
 
 
@@ -92,7 +95,7 @@ def encode(model: Model, request: Request) -> Condition:
     pictures = [request.image]
     if request.last_image is not None:
         last = request.last_image
-        # The official code mishandles pictures of different sizes; a centre crop to the video's aspect is what it meant.
+        # The official code mishandles pictures of different sizes; it meant a centre crop to the video's aspect.
         pictures.append(last if last.shape == request.image.shape else crop_to_aspect(last, height, width))
     image = None
     if model.spec.clip is not None:
@@ -131,13 +134,13 @@ def denoise(
     *,
     segment: int | str = 1,
     callback: Callable[[int, Progress], None] | None = None,
-    resume: Sequence[tuple[int, State]] | None = None,
+    states: Mapping[int, tuple[int, State]] | None = None,
 ) -> list[Array]:
     """Sample every noise; of two experts each is loaded once for all of them.
 
     Args:
         callback: ``(index of the noise, progress)`` after each segment.
-        resume: (steps done, solver state) per noise.
+        states: index of a noise -> (steps done, solver state), to continue from. They are donated.
     Returns:
         Final latents [1, t, h, w, z] per noise.
     """
@@ -145,7 +148,8 @@ def denoise(
     high = expert_steps(schedule.timesteps, model.spec.boundary)
     steps = make_steps(request.solver, schedule, request.guidance_per_step(schedule.timesteps, high))
     velocity = dit_velocity(request.guidance)
-    runs = list(resume) if resume else [(0, start(x, condition.pin)) for x in noises]
+    states = states or {}
+    runs = [states[i] if i in states else (0, start(x, condition.pin)) for i, x in enumerate(noises)]
     for part, stop in (("dit", high), ("dit_low", request.num_steps)):
         if all(done >= stop for done, _ in runs):
             continue
@@ -200,77 +204,71 @@ def run(
     progress: bool = True,
     resume_file: str | Path | None = None,
     stages: Stages | None = None,
+    finish: Callable[[list[Clip]], None] | None = None,
 ) -> list[Clip]:
-    """One `Request` to one clip per seed. See `generate`."""
+    """One `Request` to one clip per seed. See `generate`.
+
+    Args:
+        noises: [1, t, h, w, z] per clip, in place of the seeds' noise.
+        finish: takes the clips while the saved state still exists, so that a failure to write them loses nothing.
+    """
     stages = stages or Stages(progress)
-    noises = [noise(model, request, seed) for seed in request.seeds] if noises is None else list(noises)
-    for x in noises:
-        if x.shape != latent_shape(model, request):
-            raise InputError(f"noise: expected shape {latent_shape(model, request)}, got {tuple(x.shape)}")
-    with use_mesh(model.mesh), _clear_memory_errors():
+    given = noises or [None] * len(request.seeds)
+    described = [settings(model, request, seed, x) for seed, x in zip(request.seeds, given, strict=True)]
+    folder = str(model.files.folder.resolve())  # equal settings for other weights are another run
+    with (
+        Resume(resume_file, [about | {"folder": folder} for about in described]) as resume,
+        use_mesh(model.mesh),
+        _clear_memory_errors(),
+    ):
+        noises = noises or [noise(model, request, seed) for seed in request.seeds]
         with stages("encoding the conditions"):
             condition = jax.block_until_ready(encode(model, request))
-        with stages("sampling"), _Bars(model, request, progress, callback, resume_file) as bars:
-            latents = denoise(model, request, condition, noises, segment=segment, callback=bars.update, resume=bars.resume)
+        with stages("sampling"), _bar(request, resume, progress) as show:
+
+            def update(i: int, now: Progress) -> None:
+                resume.states[i] = now.step, now.state
+                show()
+                if callback:
+                    callback(now)
+
+            latents = denoise(model, request, condition, noises, segment=segment, callback=update, states=resume.states)
         del condition
-        clips = []
         with stages("decoding"):
-            for seed, z in zip(request.seeds, latents, strict=True):
-                clips.append(Clip(decode(model, z), fps=request.fps, settings=settings(model, request, seed)))
+            clips = [
+                Clip(decode(model, z), fps=request.fps, settings=about)
+                for about, z in zip(described, latents, strict=True)
+            ]
         _free(model, "vae")
-    if resume_file:
-        Path(resume_file).unlink(missing_ok=True)
+        if finish:
+            with stages("writing"):
+                finish(clips)
     return clips
 
 
-def settings(model: Model, request: Request, seed: int) -> dict[str, Any]:
+def settings(model: Model, request: Request, seed: int, noise: Array | None = None) -> dict[str, Any]:
     """Everything that made a clip, JSON-ready: the request, the weights' dtype, adapters and versions."""
-    return request.settings(seed) | {
+    given = {} if noise is None else {"noise_sha256": array_hash(np.asarray(noise))}
+    return request.settings(seed) | given | {
         "dtype": jnp.dtype(model.dtype).name,
         "loras": [{"name": lora.name, "strength": lora.strength} for lora in model.loras],
         "versions": {"wan_jax": wan_jax.__version__, "jax": jax.__version__},
     }
 
 
-class _Bars:
-    """A progress bar per clip, the user's callback, and the saved state behind Ctrl-C."""
+@contextmanager
+def _bar(request: Request, resume: Resume, show: bool) -> Iterator[Callable[[], None]]:
+    """One progress bar over the steps of all clips; yields what redraws it."""
+    from tqdm.auto import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
-    def __init__(self, model: Model, request: Request, show: bool, callback: Any, resume_file: str | Path | None):
-        self.path = Path(resume_file) if resume_file else None
-        every = [settings(model, request, seed) for seed in request.seeds]
-        self.key = hashlib.sha256(json.dumps(every, sort_keys=True).encode()).hexdigest()
-        self.resume = load_states(self.path, self.key) if self.path and self.path.exists() else None
-        self.callback, self.show, self.request = callback, show, request
-        self.bars: dict[int, Any] = {}
-        self.runs = dict(enumerate(self.resume or []))
+    def done() -> int:
+        return sum(steps for steps, _ in resume.states.values())
 
-    def update(self, i: int, progress: Progress) -> None:
-        self.runs[i] = progress.step, progress.state
-        if self.show:
-            self._bar(i, progress)
-        if self.callback:
-            self.callback(progress)
-
-    def _bar(self, i: int, progress: Progress) -> None:
-        from tqdm.auto import tqdm
-
-        if i not in self.bars:
-            title = f"seed {self.request.seeds[i]}"
-            self.bars[i] = tqdm(total=progress.num_steps, desc=title, unit="step", initial=0, smoothing=0.7)
-        bar = self.bars[i]
-        bar.update(progress.step - bar.n)
-        if progress.step == progress.num_steps:
-            bar.close()
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        for bar in self.bars.values():
-            bar.close()
-        if isinstance(error, KeyboardInterrupt) and self.path and len(self.runs) == len(self.request.seeds):
-            save_states(self.path, self.key, [self.runs[i] for i in sorted(self.runs)])
-            print(f"interrupted; state saved in {self.path}: repeat the command to continue", file=sys.stderr)
+    total = request.num_steps * len(request.seeds)
+    with tqdm(total=total, initial=done(), unit="step", smoothing=0.7, disable=not show) as bar:
+        with logging_redirect_tqdm() if show else nullcontext():
+            yield lambda: bar.update(done() - bar.n)
 
 
 @contextmanager
@@ -280,9 +278,10 @@ def _clear_memory_errors() -> Iterator[None]:
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        reason = (str(error).splitlines() or [""])[0]
         raise OutOfMemoryError(
             "out of memory. Use a smaller size or fewer frames, guidance='sequential' (--guidance sequential),"
-            f" offload=True (--offload), or more devices (--mesh fsdp=N). {str(error).splitlines()[0] if str(error) else ''}"
+            f" offload=True (--offload), or more devices (--mesh fsdp=N). {reason}"
         ) from error
 
 
@@ -307,7 +306,7 @@ def generate(
         prompt: what the clip shows.
         image, last_image: path, PIL image or uint8 [H, W, 3] array, for the models that take pictures.
         seed: one, or several for several clips.
-        noise: [1, t, h, w, z] float32 instead of a seed's noise, to reproduce a run of another program.
+        noise: [1, t, h, w, z] float32 instead of one seed's noise, to reproduce a run of another program.
         segment: sampling steps per compiled program; "all" for one program (no progress in between).
         callback: called after each segment with `Progress`.
         progress: show stages and steps on stderr.
@@ -319,11 +318,16 @@ def generate(
     Raises:
         InputError, CheckpointError, NonFiniteError, OutOfMemoryError: all `WanError`.
     """
-    pictures = {"image": image, "last_image": last_image}
+    pictures: dict[str, Any] = {"image": image, "last_image": last_image}
     pictures = {name: None if value is None else read_image(value) for name, value in pictures.items()}
     request = resolve(model.spec, prompt, seed=seed, **pictures, **options)
+    noises = None
+    if noise is not None:
+        noise, shape = jnp.asarray(noise, jnp.float32), latent_shape(model, request)
+        if noise.shape != shape or len(request.seeds) > 1:
+            raise InputError(f"noise: expected shape {shape} and one seed, got {noise.shape} and {len(request.seeds)}")
+        noises = [noise]
     clips = run(
-        model, request, noises=None if noise is None else [noise], segment=segment, callback=callback, progress=progress,
-        resume_file=resume_file,
-    )  # fmt: skip
+        model, request, noises=noises, segment=segment, callback=callback, progress=progress, resume_file=resume_file
+    )
     return clips if isinstance(seed, Sequence) else clips[0]

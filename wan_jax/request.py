@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import numbers
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,7 +19,7 @@ import numpy as np
 from wan_jax.config import MODELS, ModelSpec
 from wan_jax.errors import InputError
 from wan_jax.sampling.guidance import check_mode
-from wan_jax.sampling.schedule import SOLVERS, make_schedule
+from wan_jax.sampling.schedule import make_schedule
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +31,15 @@ MAX_SEED = 2**63 - 1
 class Request:
     """One resolved generation. Built by `resolve`; `settings` is what is embedded in the file.
 
-    ``guidance_scale`` is (low noise, high noise) for two experts. ``width`` and ``height`` are the size of the video.
+    ``guidance_scale`` is (low noise, high noise) for two experts. ``width`` and ``height`` are the size of the video;
+    ``size`` is what was asked for, of which a picture takes the area alone.
     """
 
     model: str
     task: str
     prompt: str
     negative_prompt: str
+    size: tuple[int, int]
     width: int
     height: int
     num_frames: int
@@ -57,10 +61,8 @@ class Request:
         for name in ("image", "last_image"):
             picture = values.pop(name)
             if picture is not None:
-                values[f"{name}_sha256"] = picture_hash(picture)
-        if isinstance(self.guidance_scale, tuple):
-            values["guidance_scale"] = list(self.guidance_scale)
-        return values
+                values[f"{name}_sha256"] = array_hash(picture)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def guidance_per_step(self, timesteps: np.ndarray, high_steps: int) -> np.ndarray:
         """The scale of every step: the official tuple is (low, high), the high-noise expert comes first."""
@@ -70,8 +72,9 @@ class Request:
         return np.where(np.arange(len(timesteps)) < high_steps, high, low).astype(np.float32)
 
 
-def picture_hash(picture: np.ndarray) -> str:
-    return hashlib.sha256(repr(picture.shape).encode() + np.ascontiguousarray(picture).tobytes()).hexdigest()
+def array_hash(array: np.ndarray) -> str:
+    """SHA-256 of a shape and the values."""
+    return hashlib.sha256(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def resolve(
@@ -99,52 +102,79 @@ def resolve(
         size: (width, height) or "832x480". For image models it gives the area; the picture gives the aspect.
         aspect: "16:9", instead of ``size``.
         num_frames: 4n + 1; 1 makes a picture.
+        fps: 0.1 to 240, of the file; the models know one rate only.
         guidance: "batch" or "sequential" (the prompt and the negative prompt one after the other: less memory).
             A guidance scale of 1 needs no negative prompt and runs one pass.
     Raises:
         InputError: says what was got, what is needed, and the nearest valid value.
     """
-    if not prompt or not prompt.strip():
+    prompt = _typed("prompt", prompt, str, "")
+    if not prompt.strip():
         raise InputError("the prompt is empty: describe the scene, for example 'a cat surfing a wave at sunset'")
     image, last_image = _check_images(spec, image, last_image)
-    num_frames = spec.num_frames if num_frames is None else num_frames
+    num_frames = _typed("num_frames", num_frames, int, spec.num_frames)
     stride = spec.vae.temporal_stride
     if num_frames < 1 or (num_frames - 1) % stride:
         near = max(1, round((num_frames - 1) / stride) * stride + 1)
         raise InputError(f"num_frames={num_frames}: need {stride}n+1, try {near}")
     if spec.task == "flf2v" and num_frames < stride + 1:
-        raise InputError(f"num_frames={num_frames}: a first and a last picture need at least {stride + 1} frames")
-    width, height = _size(spec, size, aspect, image)
-    num_steps = spec.num_steps if num_steps is None else num_steps
-    if shift is None:
-        shift = spec.shift_480p if spec.shift_480p and width * height <= AREA_480P else spec.shift
-    if solver not in SOLVERS or num_steps < 1 or not shift > 0:
-        make_schedule(solver, num_steps, shift)  # raises, naming the value
+        raise InputError(
+            f"num_frames={num_frames}: a first and a last picture need at least {stride + 1} frames"
+        )
+    fps = _typed("fps", fps, float, spec.fps)
+    if not 0.1 <= fps <= 240:
+        raise InputError(f"fps={fps:g}: need 0.1 to 240, {spec.name} was trained at {spec.fps}")
+    asked, (width, height) = _size(spec, size, aspect, image)
+    official = spec.shift_480p if spec.shift_480p and width * height <= AREA_480P else spec.shift
+    shift = _typed("shift", shift, float, official)
+    num_steps = _typed("num_steps", num_steps, int, spec.num_steps)
+    make_schedule(_typed("solver", solver, str, "unipc"), num_steps, shift)  # raises, naming the value
     scale = _guidance_scale(spec, guidance_scale)
-    seeds = tuple(int(s) for s in (seed if isinstance(seed, Sequence) else (seed,)))
+    guidance = check_mode(_typed("guidance", guidance, str, "batch"))
+    seeds = tuple(_typed("seed", s, int) for s in (seed if _is_sequence(seed) else (seed,)))
     for s in seeds:
         if not 0 <= s <= MAX_SEED:
             raise InputError(f"seed={s}: need 0 to {MAX_SEED}")
     if len(set(seeds)) != len(seeds) or not seeds:
         raise InputError(f"seeds {list(seeds)}: give one or several different ones")
+    if image is None and asked not in spec.sizes:
+        trained = ", ".join(f"{w}x{h}" for w, h in spec.sizes)
+        log.warning("%s was not trained on %dx%d (but on %s): quality may suffer", spec.name, *asked, trained)
     return Request(
         model=spec.name,
         task=spec.task,
         prompt=prompt,
-        negative_prompt=spec.negative_prompt if not negative_prompt else negative_prompt,
+        negative_prompt=_typed("negative_prompt", negative_prompt, str, "") or spec.negative_prompt,
+        size=asked,
         width=width,
         height=height,
         num_frames=num_frames,
-        fps=float(spec.fps if fps is None else fps),
+        fps=fps,
         num_steps=num_steps,
-        shift=float(shift),
+        shift=shift,
         guidance_scale=scale,
         solver=solver,
-        guidance="none" if scale in (1.0, (1.0, 1.0)) else check_mode(guidance),
+        guidance="none" if scale in (1.0, (1.0, 1.0)) else guidance,
         seeds=seeds,
         image=image,
         last_image=last_image,
     )
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _typed(name: str, value: Any, kind: type, default: Any = None) -> Any:
+    """``value``, or the default for None, as text (str), whole number (int) or finite number (float)."""
+    value = default if value is None else value
+    wanted, types = {
+        str: ("text", str), int: ("a whole number", numbers.Integral), float: ("a finite number", numbers.Real),
+    }[kind]  # fmt: skip
+    with suppress(OverflowError):  # of integers that no float holds
+        if isinstance(value, types) and not isinstance(value, bool) and (kind is not float or math.isfinite(value)):
+            return kind(value)
+    raise InputError(f"{name}={value!r:.100}: need {wanted}")
 
 
 def _check_images(spec: ModelSpec, image: Any, last_image: Any) -> tuple[Any, Any]:
@@ -164,48 +194,54 @@ def _check_images(spec: ModelSpec, image: Any, last_image: Any) -> tuple[Any, An
     return image, last_image
 
 
-def _guidance_scale(spec: ModelSpec, scale: float | Sequence[float] | None) -> float | tuple[float, float]:
+def _guidance_scale(spec: ModelSpec, scale: Any) -> float | tuple[float, float]:
     scale = spec.guidance_scale if scale is None else scale
-    values = tuple(float(s) for s in scale) if isinstance(scale, Sequence) else (float(scale),)
+    values = tuple(_typed("guidance_scale", s, float) for s in (scale if _is_sequence(scale) else (scale,)))
     if len(values) == 1:
         return values[0] if spec.num_experts == 1 else values * 2
     if len(values) != 2 or spec.num_experts == 1:
-        raise InputError(f"guidance_scale={scale}: {spec.name} takes {'one, or (low, high)' if spec.num_experts == 2 else 'one number'}")
+        wanted = "one number, or two: (low, high)" if spec.num_experts == 2 else "one number"
+        raise InputError(f"guidance_scale={scale}: {spec.name} takes {wanted}")
     return values  # type: ignore[return-value]
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """Read "832x480" as (width, height)."""
+def parse_size(size: Any) -> tuple[int, int]:
+    """Read "832x480" or a pair as (width, height)."""
+    parts = size.lower().replace("*", "x").split("x") if isinstance(size, str) else size
     try:
-        width, height = (int(part) for part in text.lower().replace("*", "x").split("x"))
-    except ValueError as error:
-        raise InputError(f"size {text!r}: expected WIDTHxHEIGHT such as 832x480") from error
+        width, height = (int(part) for part in parts)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"size {size!r}: expected WIDTHxHEIGHT such as 832x480") from error
     return width, height
 
 
-def _size(spec: ModelSpec, size: Any, aspect: str | None, image: np.ndarray | None) -> tuple[int, int]:
+def _size(
+    spec: ModelSpec, size: Any, aspect: str | None, image: np.ndarray | None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(width, height) as asked for, and of the video."""
     if size is not None and aspect is not None:
         raise InputError("give size or aspect, not both")
     if aspect is not None:
-        width, height = size_for_aspect(spec, aspect)
+        asked = size_for_aspect(spec, aspect)
     else:
-        width, height = parse_size(size) if isinstance(size, str) else size or spec.sizes[0]
+        asked = spec.sizes[0] if size is None else parse_size(size)
     multiple = spec.size_multiple
-    for name, value in (("width", width), ("height", height)):
+    for name, value in zip(("width", "height"), asked, strict=True):
         if value < multiple or (value % multiple and image is None):
             near = max(multiple, round(value / multiple) * multiple)
-            raise InputError(f"size {width}x{height}: {name} must be a multiple of {multiple}, try {near}")
-    if image is not None:
-        area = width * height
-        if spec.task == "ti2v":
-            return ti2v_size(image.shape[1], image.shape[0], area, multiple)
-        height, width = i2v_size(image.shape[0], image.shape[1], area, spec.vae.spatial_stride, spec.dit.patch_size[1])
-        if min(width, height) < multiple:
-            raise InputError(f"a picture of {image.shape[1]}x{image.shape[0]} is too narrow for an area of {area} pixels")
-    elif (width, height) not in spec.sizes:
-        trained = ", ".join(f"{w}x{h}" for w, h in spec.sizes)
-        log.warning("%dx%d is not a size that %s was trained on (%s): quality may suffer", width, height, spec.name, trained)
-    return width, height
+            raise InputError(
+                f"size {asked[0]}x{asked[1]}: {name} must be a multiple of {multiple}, try {near}"
+            )
+    if image is None:
+        return asked, asked
+    rows, columns, area = *image.shape[:2], asked[0] * asked[1]
+    if spec.task == "ti2v":
+        width, height = ti2v_size(columns, rows, area, multiple)
+    else:
+        height, width = i2v_size(rows, columns, area, spec.vae.spatial_stride, spec.dit.patch_size[1])
+    if min(width, height) < multiple:
+        raise InputError(f"a picture of {columns}x{rows} is too narrow for an area of {area} pixels: crop it")
+    return asked, (width, height)
 
 
 def size_for_aspect(spec: ModelSpec, aspect: str) -> tuple[int, int]:
@@ -213,7 +249,7 @@ def size_for_aspect(spec: ModelSpec, aspect: str) -> tuple[int, int]:
     try:
         w, h = (float(part) for part in aspect.split(":"))
         ratio = w / h
-    except (ValueError, ZeroDivisionError) as error:
+    except (AttributeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"aspect {aspect!r}: expected W:H such as 16:9") from error
     if not 0.2 <= ratio <= 5:
         raise InputError(f"aspect {aspect}: need between 1:5 and 5:1")
@@ -234,13 +270,18 @@ def i2v_size(height: int, width: int, max_area: int, stride: int, patch: int) ->
 
 
 def ti2v_size(width: int, height: int, area: int, multiple: int) -> tuple[int, int]:
-    """(width, height) of the video for a picture; the nearer of two roundings. Source: ``best_output_size``."""
+    """(width, height) of the video for a picture; the nearer of two roundings. Source: ``best_output_size``.
+
+    Where the official code divides by zero, for pictures too narrow for the area, the size is 0.
+    """
     ratio = width / height
     exact_w = math.sqrt(area * ratio)
     exact_h = area / exact_w
     w1 = int(exact_w // multiple * multiple)
-    h1 = int(area / w1 // multiple * multiple)
     h2 = int(exact_h // multiple * multiple)
+    if not w1 or not h2:
+        return w1, h2
+    h1 = int(area / w1 // multiple * multiple)
     w2 = int(area / h2 // multiple * multiple)
 
     def distance(w: int, h: int) -> float:
@@ -252,11 +293,10 @@ def ti2v_size(width: int, height: int, area: int, multiple: int) -> tuple[int, i
 def from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `resolve` out of settings embedded in a file. Nothing that names a path is taken from there."""
     known = (
-        "prompt", "negative_prompt", "num_frames", "fps", "num_steps", "shift", "guidance_scale", "solver", "guidance", "seed",
+        "prompt", "negative_prompt", "size", "num_frames", "fps", "num_steps", "shift", "guidance_scale", "solver",
+        "guidance", "seed",
     )  # fmt: skip
     kwargs = {name: settings[name] for name in known if name in settings}
-    if kwargs.get("guidance") == "none":
+    if kwargs.get("guidance") == "none":  # follows from the scale
         kwargs.pop("guidance")
-    if "width" in settings and "height" in settings:
-        kwargs["size"] = (int(settings["width"]), int(settings["height"]))
     return kwargs

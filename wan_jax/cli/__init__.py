@@ -18,18 +18,18 @@ COMMANDS = ("generate", "models", "download", "convert")
 
 
 class Parser(argparse.ArgumentParser):
-    """Names the nearest option or command when one is unknown."""
+    """One line per mistake, with the nearest option or command."""
 
     def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             command = getattr(parsed, "parser", self)
             options = [o for action in command._actions for o in action.option_strings]  # argparse has no public list
-            command.error("; ".join(f"unknown argument {u!r}{nearest(u, options)}" for u in unknown))
+            wrong = [f"unknown option {u!r}{nearest(u, options)}" for u in unknown if u.startswith("-")]
+            command.error("; ".join(wrong) or f"unexpected {' '.join(unknown)!r}: text with blanks needs quotes")
         return parsed
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
@@ -57,12 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("wan-jax: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `wan-jax models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except WanError as error:
+    except (WanError, OSError) as error:  # OSError: a full disk, a file without permission
         print(f"wan-jax: {error}", file=sys.stderr)
         if isinstance(error, OutOfMemoryError):
             return 3

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from wan_jax.errors import InputError
-
+NETWORKS = ("dit", "dit_low", "vae", "text_encoder", "image_encoder")
+TINY = ("t2v", "i2v", "flf2v", "ti2v", "t2v-moe", "i2v-moe")
 EPILOG = """\
 examples:
   wan-jax convert check  Wan2.1-T2V-1.3B                           every key used once, every parameter filled once
@@ -39,7 +39,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     out.add_argument("source", metavar="SRC")
     out.add_argument("target", metavar="DST", type=Path)
     out.add_argument("--layout", choices=("official", "diffusers"), default="official")
-    out.add_argument("--part", action="append", help="network to write (dit, dit_low, vae, text_encoder, image_encoder); default all")
+    out.add_argument("--part", action="append", choices=NETWORKS, help="network to write; may be repeated; default all")
     out.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="merge this adapter first")
     out.add_argument("--dtype", **dtypes)
     out.add_argument("--offline", action="store_true", help="never use the network")
@@ -47,10 +47,12 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     random = actions.add_parser("random", help="random weights in a published layout, for tests and demonstrations")
     random.add_argument("target", metavar="DST", type=Path)
     kind = random.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--tiny", choices=("t2v", "i2v", "flf2v", "ti2v", "t2v-moe", "i2v-moe"), help="a small one of this kind")
+    kind.add_argument("--tiny", choices=TINY, help="a small one of this kind")
     kind.add_argument("--model", help="one with the real sizes of a published model")
     random.add_argument("--layout", choices=("official", "diffusers"), default="official")
     random.add_argument("--seed", type=int, default=0)
+    for action in (check, to_orbax, out, random):
+        action.set_defaults(parser=action)
     return parser
 
 
@@ -96,7 +98,6 @@ def _random(args: argparse.Namespace) -> int:
     from wan_jax.config import find_model
     from wan_jax.weights.convert import random_folder, tiny_spec
 
-    if args.target.exists() and any(args.target.iterdir()):
-        raise InputError(f"{args.target} exists and is not empty: name a new folder")
-    random_folder(tiny_spec(args.tiny) if args.tiny else find_model(args.model), args.target, layout=args.layout, seed=args.seed)
+    spec = tiny_spec(args.tiny) if args.tiny else find_model(args.model)
+    random_folder(spec, args.target, layout=args.layout, seed=args.seed)
     return 0

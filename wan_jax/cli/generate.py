@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from wan_jax.config import MODELS, find_model
-from wan_jax.errors import InputError
+from wan_jax.config import MODELS, ModelSpec, find_model
+from wan_jax.errors import InputError, nearest
+
+log = logging.getLogger(__name__)
 
 EPILOG = """\
 examples:
@@ -18,11 +23,16 @@ examples:
   wan-jax generate --model wan2.1-flf2v-14b-720p --image a.png --last-image b.png --prompt "..." --output clip.mp4
   wan-jax generate --model wan2.1-t2v-14b --num-frames 1 --prompt "a still life" --output picture.png
   wan-jax generate --from clip.mp4 --seed 1 2 3 --output again.mp4       the same settings, three other seeds
+  wan-jax generate --config configs/t2v_14b.py --prompt "a still lake"   settings from a recipe
 
 The model is a name of `wan-jax models`, a hub repository, or a folder (official, diffusers or converted layout).
-Every file carries its settings; --from reads them back. Ctrl-C keeps the state of the sampler beside the output:
-repeat the command to continue. Exit codes: 0 done, 1 failed, 2 wrong use, 3 out of memory, 130 interrupted.
+Every file carries its settings; --from reads them back. Options of the command line come first, then those of
+--from, then those of --config, then the model's. Ctrl-C, or a failure, keeps the state of the sampler beside the
+output: repeat the command to continue. Exit codes: 0 done, 1 failed, 2 wrong use, 3 out of memory, 130 interrupted.
 """
+DTYPES = ("bfloat16", "float32")
+# Options that a recipe cannot set: they belong to one run, not to a way of running.
+NOT_IN_RECIPES = ("config", "source", "dry_run", "profile", "quiet", "run", "parser")
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
@@ -34,29 +44,43 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     what.add_argument("--model", help="name, hub repository or folder")
     what.add_argument("--prompt", help="what the clip shows")
     what.add_argument("--negative-prompt", help="what it must not show; default: the official list")
-    what.add_argument("--image", type=Path, help="first picture (I2V, FLF2V, TI2V)")
-    what.add_argument("--last-image", type=Path, help="last picture (FLF2V)")
+    what.add_argument("--image", help="first picture (I2V, FLF2V, TI2V)")
+    what.add_argument("--last-image", help="last picture (FLF2V)")
     what.add_argument("--size", help="WIDTHxHEIGHT in pixels, e.g. 832x480; with a picture: the area")
     what.add_argument("--aspect", help="W:H, e.g. 16:9, instead of --size")
     what.add_argument("--num-frames", type=int, help="4n+1; 1 makes a picture")
     what.add_argument("--fps", type=float, help="frames per second of the file; default: the model's")
     what.add_argument("--seed", type=int, nargs="+", help="one, or several for several clips (default 0)")
-    what.add_argument("--output", type=Path, default=Path("clip.mp4"), help=".mp4 .gif .webp .png .jpg (default clip.mp4)")
-    what.add_argument("--from", dest="source", type=Path, metavar="CLIP", help="take the settings of this file as defaults")
+    what.add_argument(
+        "--output", help=".mp4 .gif .webp .png .jpg, or a folder/ for numbered pictures (default clip.mp4, clip.png)"
+    )
+    what.add_argument("--from", dest="source", metavar="CLIP", help="take the settings inside this file")
+    what.add_argument("--config", metavar="FILE", help="take the settings of this recipe, see configs/")
     how = parser.add_argument_group("how to sample")
     how.add_argument("--num-steps", type=int, help="sampling steps; default: the model's")
     how.add_argument("--shift", type=float, help="shift of the noise schedule; default: the model's")
-    how.add_argument("--guidance-scale", type=float, nargs="+", help="one number, or LOW HIGH for two experts; 1 is off")
+    how.add_argument(
+        "--guidance-scale", type=float, nargs="+", help="one number, or LOW HIGH for two experts; 1 is off"
+    )
     how.add_argument("--solver", choices=("unipc", "dpm++", "euler"), help="default unipc")
-    how.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="adapter; may be repeated;"
-                     " high=FILE or low=FILE for one expert of two")  # fmt: skip
+    how.add_argument(
+        "--lora", action="append", metavar="FILE[:STRENGTH]",
+        help="adapter; may be repeated; high=FILE or low=FILE for one expert of two",
+    )  # fmt: skip
     where = parser.add_argument_group("where and in what precision")
-    where.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default bfloat16")
+    where.add_argument("--dtype", choices=DTYPES, help="default bfloat16")
     where.add_argument("--mesh", help="devices, e.g. fsdp=8 or data=2,seq=4; default: one device")
-    where.add_argument("--guidance", choices=("batch", "sequential"), help="prompt and negative prompt at once (default) or in turn")
-    where.add_argument("--offload", action=argparse.BooleanOptionalAction, help="one network in memory at a time; default: decided by the memory found")  # fmt: skip
-    where.add_argument("--segment", default="1", help="sampling steps per compiled program, or 'all' (default 1)")
-    where.add_argument("--offline", action="store_true", help="never use the network; say what is missing")
+    where.add_argument(
+        "--guidance", choices=("batch", "sequential"), help="prompt and negative prompt at once (default) or in turn"
+    )
+    where.add_argument(
+        "--offload", action=argparse.BooleanOptionalAction,
+        help="one network in memory at a time; default: decided by the memory found",
+    )  # fmt: skip
+    where.add_argument("--segment", type=_segment, help="sampling steps per compiled program, or 'all' (default 1)")
+    where.add_argument(
+        "--offline", action="store_true", default=None, help="never use the network; say what is missing"
+    )
     talk = parser.add_argument_group("reporting")
     talk.add_argument("--dry-run", action="store_true", help="check everything and print the settings; load no weights")
     talk.add_argument("--profile", action="store_true", help="print seconds per stage and peak memory")
@@ -64,52 +88,50 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     return parser
 
 
+def _segment(text: str) -> int | str:
+    if text == "all" or (text.isdecimal() and int(text)):
+        return text if text == "all" else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: need a positive number of steps, or 'all'")
+
+
 def run(args: argparse.Namespace) -> int:
     from wan_jax.media import check_writable, read_image
-    from wan_jax.request import resolve
-
-    options = _options(args)
-    name = options.pop("model", None)
-    if name is None:
-        raise InputError("give --model (see `wan-jax models`)")
-    if not options.get("prompt"):
-        raise InputError('give --prompt "what the clip shows"')
-    outputs = _outputs(args.output, options["seed"])
-    for path in outputs:
-        check_writable(path)
-    for key in ("image", "last_image"):
-        options[key] = read_image(options[key]) if options.get(key) else None
-    if args.dry_run or name in MODELS:  # every value is checked before anything is loaded
-        spec = find_model(name) if not Path(name).is_dir() else _spec_of(name)
-        request = resolve(spec, **options)
-        if args.dry_run:
-            print(json.dumps(request.settings(request.seeds[0]) | {"seeds": request.seeds}, indent=1, ensure_ascii=False))
-            return 0
-    return _generate(args, name, options, outputs)
-
-
-def _spec_of(folder: str):
-    from wan_jax.weights.layouts import locate
-
-    return locate(folder).spec
-
-
-def _generate(args: argparse.Namespace, name: str, options: dict[str, Any], outputs: list[Path]) -> int:
     from wan_jax.model import load
     from wan_jax.parallel import make_mesh, parse_mesh
-    from wan_jax.pipeline import Stages, run
+    from wan_jax.pipeline import Stages
+    from wan_jax.pipeline import run as run_pipeline
     from wan_jax.request import resolve
+    from wan_jax.weights.lora import Lora
 
-    mesh = make_mesh(parse_mesh(args.mesh)) if args.mesh else None
-    model = load(name, dtype=args.dtype, mesh=mesh, loras=args.lora, offload=args.offload, offline=args.offline or None)
-    request = resolve(model.spec, **options)
-    segment = args.segment if args.segment == "all" else int(args.segment)
+    options = _options(args)
+    if "model" not in options:
+        raise InputError("give --model (see `wan-jax models`)")
+    name, output = options.pop("model"), options.pop("output", None)
+    dtype, mesh, loras = options.pop("dtype", "bfloat16"), options.pop("mesh", None), options.pop("lora", ())
+    offload, offline = options.pop("offload", None), options.pop("offline", None)
+    segment = options.pop("segment", 1)
+    for key in ("image", "last_image"):
+        if key in options:
+            options[key] = read_image(options[key])
+
+    # Everything is checked before anything is loaded.
+    request = resolve(_spec(name), options.pop("prompt", ""), **options)
+    output = check_writable(output or ("clip.png" if request.num_frames == 1 else "clip.mp4"), request.num_frames)
+    outputs = _outputs(output, request.seeds)
+    mesh = make_mesh(parse_mesh(mesh)) if mesh else None
+    loras = [Lora.open(lora) for lora in ((loras,) if isinstance(loras, str) else loras)]
+    if args.dry_run:
+        about = request.settings(request.seeds[0]) | {"seed": request.seeds, "output": [str(path) for path in outputs]}
+        print(json.dumps(about, indent=1, ensure_ascii=False))
+        return 0
+
+    model = load(name, dtype=dtype, mesh=mesh, loras=loras, offload=offload, offline=offline)
     stages = Stages(show=not args.quiet)
-    resume_file = args.output.with_name(f".{args.output.name}.resume.safetensors")
-    clips = run(model, request, segment=segment, progress=not args.quiet, resume_file=resume_file, stages=stages)
-    with stages("writing"):
-        for clip, path in zip(clips, outputs, strict=True):
-            clip.save(path)
+    run_pipeline(
+        model, request, segment=segment, progress=not args.quiet, stages=stages,
+        resume_file=output.with_name(f".{output.name}.resume.safetensors"),
+        finish=lambda clips: [clip.save(path) for clip, path in zip(clips, outputs, strict=True)],
+    )  # fmt: skip
     for path in outputs:
         print(path)
     if args.profile:
@@ -117,38 +139,70 @@ def _generate(args: argparse.Namespace, name: str, options: dict[str, Any], outp
     return 0
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """Command line over the settings of --from over defaults."""
-    from wan_jax.media import read_settings
-    from wan_jax.request import from_settings
+def _spec(name: str) -> ModelSpec:
+    """What model a name stands for. Reads headers of a folder, downloads nothing."""
+    from wan_jax.weights.hub import resolve
+    from wan_jax.weights.layouts import locate
 
-    options: dict[str, Any] = {"seed": [0]}
-    if args.source:
-        settings = read_settings(args.source)
-        options |= from_settings(settings)
-        options["seed"] = [options["seed"]] if isinstance(options["seed"], int) else options["seed"]
-        if settings.get("model") in MODELS:
-            options["model"] = settings["model"]
-        # Paths are never taken from a file that may come from anywhere.
-        for key, flag in (("image_sha256", "--image"), ("last_image_sha256", "--last-image"), ("loras", "--lora")):
-            if settings.get(key) and not getattr(args, flag[2:].replace("-", "_")):
-                print(f"{args.source} was made with {flag}: give it again to repeat the clip", file=sys.stderr)
-    names = (
-        "model", "prompt", "negative_prompt", "image", "last_image", "size", "aspect", "num_frames", "fps", "seed", "num_steps",
-        "shift", "guidance_scale", "solver", "guidance",
-    )  # fmt: skip
-    given = {key: getattr(args, key) for key in names if getattr(args, key) is not None}
-    if "aspect" in given:
-        options.pop("size", None)
-    options |= given
-    scale = options.get("guidance_scale")
-    if isinstance(scale, list) and len(scale) == 1:
-        options["guidance_scale"] = scale[0]
+    if not Path(name).expanduser().exists():
+        with suppress(InputError):
+            return find_model(name)
+    return locate(resolve(name)).spec  # a folder, or an error that tells what was found instead
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of the command line over the settings of --from over those of --config."""
+    names = vars(args).keys() - set(NOT_IN_RECIPES)
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options: dict[str, Any] = {}
+    for layer in (_recipe(args.config, names), _settings_of(args.source, given), given):
+        if "size" in layer or "aspect" in layer:  # one takes the place of the other
+            options = {name: value for name, value in options.items() if name not in ("size", "aspect")}
+        options |= layer
     return options
 
 
-def _outputs(path: Path, seeds: list[int]) -> list[Path]:
+def _recipe(path: str | None, names: Iterable[str]) -> dict[str, Any]:
+    """What ``get_config()`` of a recipe returns, as options."""
+    import runpy
+
+    if path is None:
+        return {}
+    if not Path(path).is_file():
+        raise InputError(f"--config {path}: no such file; recipes are Python files, see configs/")
+    try:
+        recipe = runpy.run_path(path)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{path}: {error}: pip install {error.name}") from error
+    if "get_config" not in recipe:
+        raise InputError(f"{path} is no recipe: it defines no get_config()")
+    config = recipe["get_config"]().to_dict()
+    if unknown := config.keys() - set(names):
+        faults = (f"unknown setting {name!r}{nearest(name, names)}" for name in sorted(unknown))
+        raise InputError(f"{path}: {'; '.join(faults)}")
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def _settings_of(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Settings inside a clip, as options. The file may come from anywhere: nothing that names a path is taken."""
+    from wan_jax.media import read_settings
+    from wan_jax.request import from_settings
+
+    if path is None:
+        return {}
+    settings = read_settings(path)
+    for key, name in (("image_sha256", "image"), ("last_image_sha256", "last_image"), ("loras", "lora")):
+        if settings.get(key) and name not in given:
+            log.warning("%s was made with --%s: give it again to repeat the clip", path, name.replace("_", "-"))
+    allowed = {"model": tuple(MODELS), "dtype": DTYPES}
+    return from_settings(settings) | {
+        name: settings[name] for name, values in allowed.items() if settings.get(name) in values
+    }
+
+
+def _outputs(path: Path, seeds: Iterable[int]) -> list[Path]:
     """The path itself, or one per seed: clip.mp4 -> clip-seed1.mp4, clip-seed2.mp4."""
+    seeds = list(seeds)
     return [path] if len(seeds) == 1 else [path.with_stem(f"{path.stem}-seed{seed}") for seed in seeds]
 
 
@@ -157,10 +211,11 @@ def _print_profile(seconds: dict[str, float]) -> None:
 
     import jax
 
-    for name, value in seconds.items():
-        print(f"{name}: {value:.2f} s")
-    print(f"peak host memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")
+    lines = [f"{name}: {value:.2f} s" for name, value in seconds.items()]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    lines.append(f"peak host memory: {peak / 1e9:.2f} GB")
     for device in jax.local_devices():
         stats = device.memory_stats() if device.platform != "cpu" else None
         if stats and "peak_bytes_in_use" in stats:
-            print(f"peak memory of {device}: {stats['peak_bytes_in_use'] / 2**30:.2f} GB")
+            lines.append(f"peak memory of {device}: {stats['peak_bytes_in_use'] / 1e9:.2f} GB")
+    print("\n".join(lines), file=sys.stderr)

@@ -14,20 +14,20 @@ TASKS = {
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        "models", help="list the models", description="List the models: task, parameters, memory of the weights, licence."
-    )
+    description = "List the models: task, parameters, memory of the weights, licence."
+    parser = subparsers.add_parser("models", help="list the models", description=description)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def describe(spec: ModelSpec) -> dict:
-    """One row. Memory is that of the diffusion transformers' weights; the text encoder is freed before they are placed."""
+    """One row. Memory is that of the diffusion transformers' weights alone."""
     billions = spec.num_params / 1e9
+    experts = f"{spec.num_experts} x " * (spec.num_experts > 1)
     return {
         "name": spec.name,
         "task": TASKS[spec.task],
-        "parameters": f"{spec.num_experts} x {billions / spec.num_experts:.1f} B" if spec.num_experts > 1 else f"{billions:.1f} B",
+        "parameters": f"{experts}{billions / spec.num_experts:.1f} B",
         "memory_bf16_gb": round(billions * 2, 1),
         "memory_int8_gb": round(billions, 1),
         "sizes": [f"{w}x{h}" for w, h in spec.sizes],
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print("\nBF16 and INT8: weights of the diffusion transformer alone; of two experts one is used at a time.")
+    print("\nBF16: weights of the diffusion transformers alone; of two experts one is used at a time.")
+    print("INT8: what these weights would take; quantisation is not here yet.")
     print("The umT5-xxl text encoder (11.4 GB in bf16) runs first and can be freed before (--offload).")
     return 0

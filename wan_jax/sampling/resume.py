@@ -1,37 +1,91 @@
-"""The sampler's state on disk: an interrupted run continues where it stopped, bit for bit."""
+"""The sampler's state on disk: a run that did not reach its end continues where it stopped, bit for bit."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from wan_jax.errors import CheckpointError
+from wan_jax.errors import CheckpointError, NonFiniteError, WanError
 from wan_jax.sampling.solvers import State
 from wan_jax.weights.readers import open_checkpoint
 from wan_jax.weights.writers import write_safetensors
 
-
-def save_states(path: Path, key: str, runs: Sequence[tuple[int, State]]) -> None:
-    """Write steps done and solver state of every clip, atomically. ``key`` is the hash of the settings."""
-    tensors = {f"{i}.{name}": np.asarray(x) for i, (_, state) in enumerate(runs) for name, x in state._asdict().items()}
-    write_safetensors(path, tensors, metadata={"key": key, "done": json.dumps([done for done, _ in runs])})
+log = logging.getLogger(__name__)
 
 
-def load_states(path: Path, key: str) -> list[tuple[int, State]]:
-    """Read what `save_states` wrote.
+class Resume:
+    """States of the clips of one run. As a context it reads the file of an earlier run with the same settings; on
+    leaving it deletes the file after success, and writes it after Ctrl-C or an error.
 
-    Raises:
-        CheckpointError: the file belongs to other settings, or is damaged.
+    Args:
+        path: the file; None keeps nothing.
+        settings: of every clip, JSON-ready; a file made with others is refused.
+    Attributes:
+        states: index of the clip -> (steps done, solver state), kept up to date by the user of this class.
     """
-    with open_checkpoint(path) as file:
-        if file.metadata.get("key") != key:
-            raise CheckpointError(f"{path}: saved by a run with other settings; delete it, or repeat that run's settings")
-        done = json.loads(file.metadata["done"])
-        return [
-            (steps, State(*(jnp.array(file[f"{i}.{name}"].numpy()) for name in State._fields)))
-            for i, steps in enumerate(done)
-        ]
+
+    def __init__(self, path: str | Path | None, settings: Sequence[dict[str, Any]]):
+        self.path = None if path is None else Path(path)
+        self.settings = list(settings)
+        self.states: dict[int, tuple[int, State]] = {}
+
+    def __enter__(self) -> Resume:
+        """
+        Raises:
+            CheckpointError: the file belongs to other settings, which are named, or is damaged.
+        """
+        if self.path and self.path.exists():
+            self.states = self._read(self.path)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self.path is None:
+            return
+        if error is None or isinstance(error, NonFiniteError):
+            self.path.unlink(missing_ok=True)
+            return
+        # An interruption in mid-step leaves a state whose buffers were given to the program.
+        kept = {i: run for i, run in self.states.items() if not any(x.is_deleted() for x in run[1])}
+        if not kept:
+            return
+        try:
+            self._write(self.path, kept)
+        except (OSError, WanError) as fault:  # must not hide what stopped the run
+            log.warning("the state of the sampler could not be saved: %s", fault)
+            return
+        log.warning("state saved in %s: repeat with the same settings to continue", self.path)
+
+    def _write(self, path: Path, states: dict[int, tuple[int, State]]) -> None:
+        tensors = {f"{i}.{name}": np.asarray(x) for i, (_, s) in states.items() for name, x in s._asdict().items()}
+        done = {i: steps for i, (steps, _) in states.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(path, tensors, metadata={"settings": json.dumps(self.settings), "done": json.dumps(done)})
+
+    def _read(self, path: Path) -> dict[int, tuple[int, State]]:
+        try:
+            with open_checkpoint(path) as file:
+                self._compare(path, json.loads(file.metadata["settings"]))
+                return {
+                    int(i): (steps, State(*(jnp.array(file[f"{i}.{name}"].numpy()) for name in State._fields)))
+                    for i, steps in json.loads(file.metadata["done"]).items()
+                }
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: not the saved state of a run ({error}): delete it to start anew") from error
+
+    def _compare(self, path: Path, theirs: list[dict[str, Any]]) -> None:
+        ours = json.loads(json.dumps(self.settings))
+        if ours == theirs:
+            return
+        pairs = list(zip(ours, theirs, strict=False))
+        names = {name for a, b in pairs for name in a.keys() | b.keys() if a.get(name) != b.get(name)}
+        what = ", ".join(sorted(names)) or "number of clips"
+        raise CheckpointError(
+            f"{path} is the saved state of a run with other settings ({what}): repeat those to continue it, delete it,"
+            " or choose another output"
+        )

@@ -9,6 +9,7 @@ would wait for the whole scan.
 from __future__ import annotations
 
 import functools
+import logging
 import signal
 import threading
 import time
@@ -25,6 +26,7 @@ from wan_jax.nn.stack import compiler_options
 from wan_jax.sampling.schedule import Schedule
 from wan_jax.sampling.solvers import Coefficients, State, coefficients, init_state, step
 
+log = logging.getLogger(__name__)
 Array = jax.Array
 # velocity(args, sample, timestep, guidance_scale) -> velocity. ``args`` is a pytree (weights, conditions): arrays reach
 # the compiled program as arguments, never as constants of a closure.
@@ -54,7 +56,9 @@ class Pin(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Given to the callback after each segment. ``seconds`` is the time of one step of this segment."""
+    """Given to the callback after each segment. ``seconds`` is the time of one step of this segment; the arrays of
+    ``state`` are valid until the callback returns, so copy what is to be kept.
+    """
 
     step: int
     num_steps: int
@@ -153,6 +157,7 @@ def _interrupts() -> Iterator[threading.Event]:
         if event.is_set():
             raise KeyboardInterrupt
         event.set()
+        log.warning("stopping after this step; Ctrl-C again stops at once")
 
     signal.signal(signal.SIGINT, handler)
     try:

@@ -233,15 +233,14 @@ def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.n
 
 
 def tiny_tokenizer(vocab_size: int) -> Callable[[Path], None]:
-    """A tokenizer.json that spells words by bytes of their letters: enough to run a random model with any prompt."""
+    """A tokenizer.json of umT5's kind that spells in ASCII: enough to run a random model with any prompt."""
 
     def write(folder: Path) -> None:
         from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-        letters = pre_tokenizers.ByteLevel.alphabet()
-        vocab = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *sorted(letters)]) if i < vocab_size}
-        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        pieces = ["<pad>", "</s>", "<unk>", "\u2581", *map(chr, range(ord("!"), ord("~") + 1))]
+        tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces[:vocab_size]], unk_id=2))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
         tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(folder / "tokenizer.json"))

@@ -9,8 +9,12 @@ shards, drop its pages.
 
 from __future__ import annotations
 
+import functools
+import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,6 +26,12 @@ from wan_jax.errors import CheckpointError
 from wan_jax.parallel import param_sharding
 
 Array = np.ndarray
+
+# Tensors read at once; each holds its mapped pages in memory meanwhile.
+READ_THREADS = min(4, os.cpu_count() or 1)
+# Of the source, cast and turned at once: large enough for whole cache lines on both sides, small enough to stay in cache.
+TILE_BYTES = 4 << 20
+_ALIGNMENT = 64  # bytes; what XLA:CPU asks of a buffer that it does not copy
 
 
 class Row(NamedTuple):
@@ -215,32 +225,54 @@ def _host_array(tensor: Any) -> Array:
     return tensor.numpy() if hasattr(tensor, "numpy") else np.asarray(tensor)
 
 
-def _read(leaf: Leaf, source: Mapping[str, Any], index: tuple[slice, ...]) -> Array:
-    """The block ``index`` of a leaf, in our layout and dtype."""
-    starts = [s.indices(n)[0] for s, n in zip(index, leaf.shape, strict=True)]
-    stops = [s.indices(n)[1] for s, n in zip(index, leaf.shape, strict=True)]
-    out = np.empty([b - a for a, b in zip(starts, stops, strict=True)], leaf.dtype)
+def _empty(shape: Iterable[int], dtype: Any) -> Array:
+    """An array that begins at a multiple of 64 bytes: JAX then takes it over on CPU, where it else copies."""
+    shape, dtype = tuple(shape), np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _copy(out: Array, x: Array) -> None:
+    """``out[...] = x``, cast. Tiles are cast in the order of the source, then turned while still in the cache."""
+    if not x.ndim:
+        out[...] = x
+        return
+    axis = int(np.argmax(x.strides))
+    rows = max(1, TILE_BYTES * x.shape[axis] // max(1, x.nbytes))
+    for start in range(0, x.shape[axis], rows):
+        tile = (slice(None),) * axis + (slice(start, start + rows),)
+        out[tile] = x[tile].astype(out.dtype, copy=False)
+
+
+def _read(leaf: Leaf, source: Mapping[str, Any], bounds: tuple[tuple[int, int], ...]) -> Array:
+    """The block of a leaf between ``bounds``, (start, stop) of each axis, in our layout and dtype."""
+    out = _empty((stop - start for start, stop in bounds), leaf.dtype)
     shape = piece_shape(leaf)
-    for piece in leaf.pieces:
-        lo, hi = list(starts), list(stops)
-        block = out
+
+    def read(piece: Piece) -> None:
+        block, inner = out, list(bounds)
         if piece.layer is not None:
-            if not lo[0] <= piece.layer < hi[0]:
-                continue
-            block = out[piece.layer - lo[0]]
-            lo, hi = lo[1:], hi[1:]
-        if lo:  # columns of this piece that lie inside the block
-            first = piece.part * shape[-1]
-            a, b = max(lo[-1], first), min(hi[-1], first + shape[-1])
+            start, stop = inner.pop(0)
+            if not start <= piece.layer < stop:
+                return
+            block = out[piece.layer - start]
+        if inner:  # columns of this piece that lie inside the block
+            first, (start, stop) = piece.part * shape[-1], inner[-1]
+            a, b = max(start, first), min(stop, first + shape[-1])
             if a >= b:
-                continue
-            block = block[..., a - lo[-1] : b - lo[-1]]
-            lo[-1], hi[-1] = a - first, b - first
+                return
+            block = block[..., a - start : b - start]
+            inner[-1] = a - first, b - first
         tensor = source[piece.source]
         ours = leaf.transform.load(_host_array(tensor)).reshape(shape)
-        block[...] = ours[tuple(slice(a, b) for a, b in zip(lo, hi, strict=True))].astype(leaf.dtype, copy=False)
+        _copy(block, ours[tuple(slice(*bound) for bound in inner)])
         if hasattr(tensor, "release"):
             tensor.release()
+
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        list(pool.map(read, leaf.pieces))  # the list raises what a thread raised
     return out
 
 
@@ -273,13 +305,18 @@ def fill(
     leaves, _ = plan(abstract, rows, layout)
     filled = {}
     for path, leaf in leaves.items():
+        read = functools.cache(functools.partial(_read, leaf, source))  # replicas of a block are read once
         if mesh is None:
-            filled[path] = jax.device_put(_read(leaf, source, tuple(slice(None) for _ in leaf.shape)))
+            filled[path] = jax.device_put(read(tuple((0, size) for size in leaf.shape)))
         else:
-            sharding = param_sharding(network, path, leaf.shape, mesh)
             filled[path] = jax.make_array_from_callback(
-                leaf.shape, sharding, lambda index, leaf=leaf: _read(leaf, source, index)
+                leaf.shape,
+                param_sharding(network, path, leaf.shape, mesh),
+                lambda index, leaf=leaf, read=read: read(
+                    tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
+                ),
             )
+        del read
         filled[path].block_until_ready()  # so that the host buffer of one leaf is free before the next is read
         if progress:
             progress(filled[path].nbytes)

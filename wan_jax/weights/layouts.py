@@ -122,6 +122,8 @@ def _diffusers(folder: Path) -> Files:
         parts["image_encoder"] = folder / DIFFUSERS_FOLDERS["image_encoder"]
         _require(parts)
         image_cfg = clip.config_from_diffusers(read_json(parts["image_encoder"] / "config.json"))
+        pictures = 2 if dit_cfg.image_positions else 1
+        dit_cfg = dataclasses.replace(dit_cfg, image_tokens=pictures * image_cfg.num_tokens)
     if index.get("expand_timesteps"):
         task = "ti2v"
     elif dit_cfg.image_positions:
