@@ -1,6 +1,9 @@
-"""Eight virtual CPU devices for the sharding tests, set before JAX starts; tiny checkpoints for everyone."""
+"""Before JAX starts: eight virtual CPU devices for the sharding tests, and a folder in which programs that one worker
+or subprocess has compiled are found by the others. Tiny checkpoints for everyone.
+"""
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +11,9 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = tempfile.TemporaryDirectory(prefix="wan_jax-programs-", ignore_cleanup_errors=True)  # until the end
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
 
 
 @pytest.fixture(scope="session")

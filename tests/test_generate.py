@@ -155,7 +155,8 @@ def test_passes_of_guidance(mode, passes):
         return latents + text.mean((1, 2))[:, None, None, None, None]
 
     condition = Condition(jnp.stack([jnp.ones((3, 4)), jnp.zeros((3, 4))]))
-    velocity = pipeline.dit_velocity(mode)((dit, condition), jnp.zeros((1, 1, 2, 2, 16)), jnp.float32(1), jnp.float32(3))
+    args = (dit, condition), jnp.zeros((1, 1, 2, 2, 16)), jnp.float32(1), jnp.float32(3)
+    velocity = pipeline.dit_velocity(mode)(*args)
     assert batches == passes
     assert float(velocity.mean()) == (1 if mode == "none" else 3)
 
@@ -210,13 +211,16 @@ def adapter(path, stem: str, scale: float = 1.0):
 def test_adapters(tiny_folder, t2v, tmp_path):
     style = adapter(tmp_path / "style.safetensors", "blocks.1.self_attn.q")
     plain = latents(t2v)
-    changed = latents(wan_jax.load(tiny_folder("t2v"), dtype="float32", loras=[style]))
-    assert np.abs(changed - plain).max() > 1e-3
-    np.testing.assert_array_equal(latents(wan_jax.load(tiny_folder("t2v"), dtype="float32", loras=[style + ":0"])), plain)
+
+    def adapted(*loras: str) -> np.ndarray:
+        return latents(wan_jax.load(tiny_folder("t2v"), dtype="float32", loras=loras))
+
+    assert np.abs(adapted(style) - plain).max() > 1e-3
+    np.testing.assert_array_equal(adapted(style + ":0"), plain)
 
     bad = adapter(tmp_path / "bad.safetensors", "blocks.9.self_attn.q")
     with pytest.raises(CheckpointError, match=r"bad\.safetensors: 1 keys cannot be used:\n  blocks\.9\.self_attn\.q"):
-        latents(wan_jax.load(tiny_folder("t2v"), dtype="float32", loras=[bad]))
+        adapted(bad)
     with pytest.raises(InputError, match="no such file; expected FILE or FILE:strength"):
         wan_jax.load(tiny_folder("t2v"), loras=[str(tmp_path / "absent.safetensors")])
     broken = adapter(tmp_path / "nan.safetensors", "blocks.0.self_attn.q", scale=np.nan)

@@ -165,15 +165,17 @@ def denoise(
     return [state.sample for _, state in runs]
 
 
-def decode(model: Model, latents: Array) -> np.ndarray:
+def decode(model: Model, latents: Array, *, tiled: bool = False) -> np.ndarray:
     """Video uint8 [T, H, W, 3] of latents [1, t, h, w, z]; frames become uint8 on the device, one chunk at a time."""
-    video = _decoder()(model.vae, latents)[0]
-    return np.asarray(video)
+    return np.asarray(_decoder(tiled)(model.vae, latents)[0])
 
 
 @functools.cache
-def _decoder() -> Callable[[Any, Array], Array]:
-    return jax.jit(lambda vae, z: vae.decode_stream(z, finish=to_uint8), compiler_options=compiler_options())
+def _decoder(tiled: bool) -> Callable[[Any, Array], Array]:
+    def run(vae: Any, latents: Array) -> Array:
+        return (vae.decode_tiled if tiled else vae.decode_stream)(latents, finish=to_uint8)
+
+    return jax.jit(run, compiler_options=compiler_options())
 
 
 class Stages:
@@ -236,7 +238,7 @@ def run(
         del condition
         with stages("decoding"):
             clips = [
-                Clip(decode(model, z), fps=request.fps, settings=about)
+                Clip(decode(model, z, tiled=request.tiled), fps=request.fps, settings=about)
                 for about, z in zip(described, latents, strict=True)
             ]
         _free(model, "vae")
@@ -281,7 +283,7 @@ def _clear_memory_errors() -> Iterator[None]:
         reason = (str(error).splitlines() or [""])[0]
         raise OutOfMemoryError(
             "out of memory. Use a smaller size or fewer frames, guidance='sequential' (--guidance sequential),"
-            f" offload=True (--offload), or more devices (--mesh fsdp=N). {reason}"
+            f" tiled=True (--tiled), offload=True (--offload), or more devices (--mesh fsdp=N). {reason}"
         ) from error
 
 
@@ -311,7 +313,7 @@ def generate(
         callback: called after each segment with `Progress`.
         progress: show stages and steps on stderr.
         resume_file: save the sampler's state there when interrupted, and continue from it when it fits.
-        options: ``negative_prompt, size, aspect, num_frames, fps, num_steps, shift, guidance_scale, solver, guidance``
+        options: ``negative_prompt, size, aspect, num_frames, fps, num_steps, shift, guidance_scale, solver, guidance, tiled``
             of `wan_jax.request.resolve`; defaults are the model's official ones.
     Returns:
         A `Clip`, or a list of them for several seeds.

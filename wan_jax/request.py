@@ -49,6 +49,7 @@ class Request:
     guidance_scale: float | tuple[float, float]
     solver: str
     guidance: str
+    tiled: bool
     seeds: tuple[int, ...]
     image: np.ndarray | None = None
     last_image: np.ndarray | None = None
@@ -93,6 +94,7 @@ def resolve(
     guidance_scale: float | Sequence[float] | None = None,
     solver: str = "unipc",
     guidance: str = "batch",
+    tiled: bool = False,
     seed: int | Sequence[int] = 0,
 ) -> Request:
     """Fill the defaults of a model and check every value.
@@ -105,6 +107,7 @@ def resolve(
         fps: 0.1 to 240, of the file; the models know one rate only.
         guidance: "batch" or "sequential" (the prompt and the negative prompt one after the other: less memory).
             A guidance scale of 1 needs no negative prompt and runs one pass.
+        tiled: decode in tiles of the picture, for frames that do not fit; differs slightly, see `VAE.decode_tiled`.
     Raises:
         InputError: says what was got, what is needed, and the nearest valid value.
     """
@@ -155,6 +158,7 @@ def resolve(
         guidance_scale=scale,
         solver=solver,
         guidance="none" if scale in (1.0, (1.0, 1.0)) else guidance,
+        tiled=_typed("tiled", tiled, bool, False),
         seeds=seeds,
         image=image,
         last_image=last_image,
@@ -166,13 +170,15 @@ def _is_sequence(value: Any) -> bool:
 
 
 def _typed(name: str, value: Any, kind: type, default: Any = None) -> Any:
-    """``value``, or the default for None, as text (str), whole number (int) or finite number (float)."""
+    """``value``, or the default for None, as text (str), truth (bool), whole number (int) or finite number (float)."""
     value = default if value is None else value
     wanted, types = {
-        str: ("text", str), int: ("a whole number", numbers.Integral), float: ("a finite number", numbers.Real),
+        str: ("text", str), bool: ("true or false", bool), int: ("a whole number", numbers.Integral),
+        float: ("a finite number", numbers.Real),
     }[kind]  # fmt: skip
     with suppress(OverflowError):  # of integers that no float holds
-        if isinstance(value, types) and not isinstance(value, bool) and (kind is not float or math.isfinite(value)):
+        fits = isinstance(value, types) and isinstance(value, bool) == (kind is bool)
+        if fits and (kind is not float or math.isfinite(value)):
             return kind(value)
     raise InputError(f"{name}={value!r:.100}: need {wanted}")
 
@@ -294,7 +300,7 @@ def from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `resolve` out of settings embedded in a file. Nothing that names a path is taken from there."""
     known = (
         "prompt", "negative_prompt", "size", "num_frames", "fps", "num_steps", "shift", "guidance_scale", "solver",
-        "guidance", "seed",
+        "guidance", "tiled", "seed",
     )  # fmt: skip
     kwargs = {name: settings[name] for name in known if name in settings}
     if kwargs.get("guidance") == "none":  # follows from the scale

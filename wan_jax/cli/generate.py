@@ -74,6 +74,9 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         "--guidance", choices=("batch", "sequential"), help="prompt and negative prompt at once (default) or in turn"
     )
     where.add_argument(
+        "--tiled", action="store_true", default=None, help="decode in tiles of the picture: less memory at large sizes"
+    )
+    where.add_argument(
         "--offload", action=argparse.BooleanOptionalAction,
         help="one network in memory at a time; default: decided by the memory found",
     )  # fmt: skip

@@ -16,7 +16,8 @@ Array = jax.Array
 
 # Float32 scores that may exist at once: what a CPU's cache holds, a fair share of an accelerator's memory. Larger
 # problems are cut along the queries, never along the keys, so that each softmax stays exact in one pass.
-SCORE_BYTES = {"cpu": 8 * 2**20, "gpu": 256 * 2**20, "tpu": 256 * 2**20}
+SCORE_BYTES = {"cpu": 8 * 2**20}
+SCORE_BYTES_ACCELERATOR = 256 * 2**20
 MIN_ROWS = 64  # fewer queries at once would starve the matrix unit
 
 
@@ -36,7 +37,7 @@ def attention(
     scale = K**-0.5 if scale is None else scale
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))  # heads first: plain batched matmuls
     core = functools.partial(_attend, k=k, v=v, scale=scale)
-    rows = max(MIN_ROWS, SCORE_BYTES[jax.default_backend()] // (4 * B * N * k.shape[2]))
+    rows = max(MIN_ROWS, SCORE_BYTES.get(jax.default_backend(), SCORE_BYTES_ACCELERATOR) // (4 * B * N * k.shape[2]))
     if rows >= L:
         return jnp.swapaxes(core(q, bias), 1, 2)
     chunks = -(-L // rows)
@@ -61,5 +62,7 @@ def _attend(q: Array, bias: Array | None, *, k: Array, v: Array, scale: float) -
     if bias is not None:
         scores, scale = scores * scale + bias, 1.0
     weights = jnp.exp((scores - scores.max(-1, keepdims=True)) * scale)
-    out = jnp.einsum("BNLS,BNSK->BNLK", weights.astype(q.dtype), v, precision=precision, preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "BNLS,BNSK->BNLK", weights.astype(q.dtype), v, precision=precision, preferred_element_type=jnp.float32
+    )
     return (out / weights.sum(-1)[..., None]).astype(q.dtype)
