@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import runpy
 import shlex
 import shutil
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
+from safetensors import safe_open
 
 from wan_jax import pipeline
 from wan_jax.cli import main, make_parser
@@ -121,7 +123,7 @@ def test_every_kind_of_model_is_understood(kind, options, hashes, tiny_folder, c
         ("shot/", "", [f"shot/shot-0000{i}.png" for i in range(5)]),
         ("s-%03d.jpg", "", [f"s-00{i}.jpg" for i in range(5)]),
         ("x.mp4", "--seed 1 22", ["x-seed1.mp4", "x-seed22.mp4"]),
-        ("x.mp4", "--offload --segment all --guidance sequential --solver dpm++ --shift 3 --fps 8", ["x.mp4"]),
+        ("x.mp4", "--offload --segment all --guidance sequential --solver dpm++ --shift 3 --fps 8 --tiled", ["x.mp4"]),
     ],
 )
 def test_outputs_and_options(output, options, written, generate):
@@ -130,6 +132,7 @@ def test_outputs_and_options(output, options, written, generate):
     settings = read_settings(written[0])
     assert settings["fps"] == (8 if "fps" in options else 16)
     assert settings["guidance"] == ("sequential" if "sequential" in options else "batch")
+    assert settings["tiled"] == ("tiled" in options)
 
 
 def test_one_frame_is_a_picture(generate):
@@ -374,7 +377,7 @@ def _damage(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("missing", "the checkpoint lacks\n  vae: copy/Wan2.1_VAE.pth"),
+        ("missing", "the checkpoint in copy lacks\n  vae: copy/Wan2.1_VAE.pth"),
         ("truncated", "diffusion_pytorch_model.safetensors: truncated: 100,000 bytes"),
         ("hostile", "Wan2.1_VAE.pth: refused"),
         ("empty", "copy: not a model folder"),
@@ -402,7 +405,7 @@ def test_a_full_disk_is_exit_code_1(capsys, monkeypatch):
 
 
 def test_nothing_is_lost_when_writing_fails(generate, monkeypatch, caplog):
-    """The old clip stays whole, the sampler's state is kept, and the repeated command only decodes."""
+    """The old clip stays whole, the sampler's state is kept, and the repeated command only decodes, here in tiles."""
     Path("clip.mp4").write_text("an older file")
 
     def fail(*_, **__):
@@ -416,7 +419,7 @@ def test_nothing_is_lost_when_writing_fails(generate, monkeypatch, caplog):
     state = Path(".clip.mp4.resume.safetensors")
     assert state.exists() and str(state) in caplog.text
     monkeypatch.setattr(pipeline, "sample", lambda *_, **__: pytest.fail("sampled again"))
-    assert generate("t2v")[0] == 0 and not state.exists()
+    assert generate("t2v", "--tiled")[0] == 0 and not state.exists()
     assert len(read_video("clip.mp4").video) == 5
 
 
@@ -445,14 +448,19 @@ def test_ctrl_c_and_the_same_command_again(tiny_folder):
     words += ["--output", "cut.mp4"]
     process = subprocess.Popen(command(*words), stderr=subprocess.PIPE)
     seen = b""
-    while b" 9%" not in seen and b"10%" not in seen:  # the progress bar
-        piece = process.stderr.read1(4096)
-        assert piece, seen.decode()
-        seen += piece
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1].decode()
+    try:
+        while max(map(int, re.findall(rb"(\d+)/3000", seen)), default=0) < 50:  # the progress bar
+            piece = process.stderr.read1(4096)
+            assert piece, seen.decode()
+            seen += piece
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1].decode()
+    finally:
+        process.kill()
     assert process.returncode == 130
     state = Path(".cut.mp4.resume.safetensors")
+    done = json.loads(safe_open(state, "numpy").metadata()["done"])
+    assert list(done) == ["0"] and 50 <= done["0"] < 1500, "interrupted before or after sampling"
     assert state.exists() and f"state saved in {state}" in said and "wan-jax: interrupted" in said
     assert not list(Path().glob("cut*")) and not list(Path().glob(".*partial*"))
 

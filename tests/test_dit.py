@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,6 +53,11 @@ def randomised(make: Callable[[], Any]) -> Any:
         return jnp.asarray(scale * x + path.endswith("weight"), leaf.dtype)
 
     return unflatten_like(shape, {path: value(path, leaf) for path, leaf in flatten_params(shape).items()})
+
+
+def to_numpy(module: Any) -> Any:
+    """The same module with host arrays: arithmetic outside of programs then compiles nothing."""
+    return jax.tree.map(np.asarray, module)
 
 
 @functools.cache
@@ -136,22 +140,22 @@ def test_gradients_and_remat(case):
     lowered = jax.jit(jax.value_and_grad(loss), static_argnums=2).lower
     plain, remat = (lowered(dit, inputs, remat).compile() for remat in (False, True))
     value, gradient = plain(dit, inputs)
-    assert isinstance(gradient, DiT)
-    for path, leaf in flatten_params(gradient).items():
-        assert jnp.isfinite(leaf).all() and jnp.abs(leaf).max() > 0, path
-
     again, same = remat(dit, inputs)
     np.testing.assert_allclose(again, value, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), same, gradient)
     assert remat.memory_analysis().temp_size_in_bytes < plain.memory_analysis().temp_size_in_bytes
 
+    assert isinstance(gradient, DiT)
+    dit, gradient = to_numpy(dit), to_numpy(gradient)
+    for path, leaf in flatten_params(gradient).items():
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, path
     # The slope along the gradient, by a central difference.
-    norm = jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(gradient)))
-
-    def moved(length: float) -> jax.Array:
-        return plain(jax.tree.map(lambda x, g: x + length * g / norm, dit, gradient), inputs)[0]
-
-    np.testing.assert_allclose((moved(1e-2) - moved(-1e-2)) / 2e-2, norm, rtol=1e-2)
+    norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(gradient)))
+    ahead, behind = (
+        plain(jax.tree.map(lambda x, g, d=distance: x + d / norm * g, dit, gradient), inputs)[0]
+        for distance in (np.float32(1e-2), np.float32(-1e-2))
+    )
+    np.testing.assert_allclose((ahead - behind) / 2e-2, norm, rtol=1e-2)
 
 
 def test_vmap(case):
@@ -159,20 +163,23 @@ def test_vmap(case):
     expected = forward(dit, inputs)
     one = jax.vmap(lambda inputs: dit(**jax.tree.map(lambda x: x[None], inputs))[0])
     np.testing.assert_allclose(jax.jit(one)(inputs), expected, atol=2e-6)
-    models = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), dit)
+    models = jax.tree.map(lambda x: np.stack([x, 2 * x]), to_numpy(dit))
     both = jax.jit(jax.vmap(lambda dit: dit(**inputs)))(models)
     np.testing.assert_allclose(both[0], expected, atol=2e-6)
     assert jnp.abs(both[1] - expected).max() > 0.01
 
 
 def test_constructor():
-    dit = DiT(TINY, rngs=nnx.Rngs(0))
-    for path, leaf in flatten_params(dit).items():
-        assert leaf.std() > 0 or path.endswith(("bias", "weight")), path
-    assert (dit.blocks.norm3.weight[...] == 1).all()
-    kernel = dit.blocks.ffn.fc2.kernel[...]
-    assert not jnp.allclose(kernel[0], kernel[1])
-    np.testing.assert_allclose(kernel.std(), TINY.ffn_dim**-0.5, rtol=0.05)
+    quick = {"xla_backend_optimization_level": "0"}
+    dit = jax.jit(lambda: DiT(TINY, rngs=nnx.Rngs(0)), compiler_options=quick)()
+    leaves = flatten_params(to_numpy(dit))
+    for path, leaf in leaves.items():
+        if path.endswith(("weight", "bias")):
+            assert (leaf == path.endswith("weight")).all(), path  # norms start at 1, biases at 0
+        else:
+            width = leaf.shape[-2] if path.endswith("kernel") else leaf.shape[-1]
+            np.testing.assert_allclose(leaf.std(), width**-0.5, rtol=0.2, err_msg=path)
+    assert (leaves["blocks.ffn.fc1.kernel"][0] != leaves["blocks.ffn.fc1.kernel"][1]).all()
 
 
 def test_matrices_in_bfloat16():
@@ -208,19 +215,17 @@ def lowered_step(spec: ModelSpec, num_layers: int):
 
 
 def test_depth_costs_no_compilation(record_property):
-    """40 layers of width 5120 give the program of two, and compile in a few seconds (of CPU: machines are busy)."""
-    spec = MODELS["wan2.1-t2v-14b"]
-    programs = {}
+    """40 layers of width 5120 give the program of two, and compile in seconds (of CPU: machines are busy)."""
+    programs = []
     for num_layers in (2, 40):
         begin = time.process_time()
-        compiled = lowered_step(spec, num_layers).compile()
+        compiled = lowered_step(MODELS["wan2.1-t2v-14b"], num_layers).compile()
         seconds = time.process_time() - begin
-        kinds = Counter(re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = .*?[\]})] ([\w-]+)\(", compiled.as_text(), re.M))
-        programs[num_layers] = kinds, compiled.memory_analysis().temp_size_in_bytes
-        record_property(f"compile_cpu_seconds_{num_layers}", seconds)
-    record_property("instructions", programs[40][0].total())
-    assert programs[2] == programs[40]
-    assert programs[40][0]["fusion"] > 10  # the count sees the program
+        instructions = compiled.as_text().count(" = ")
+        programs.append((instructions, compiled.memory_analysis().temp_size_in_bytes))
+        record_property(f"{num_layers} layers", f"{seconds:.1f} CPU seconds, {instructions} instructions")
+    assert programs[0] == programs[1]
+    assert instructions > 500  # the count sees the program
     assert seconds < COMPILE_CPU_SECONDS
 
 
@@ -230,7 +235,7 @@ def shapes_in(jaxpr) -> set[tuple[int, ...]]:
 
 
 def test_two_timesteps_are_not_spread_over_tokens():
-    """Modulation is six vectors per timestep, never six per token: that would be the network's largest array."""
+    """Modulation is six vectors per timestep, never per token: that would be the largest array of all."""
     inputs = make_inputs(FULL)
     L, D = inputs["token_time"].shape[1], FULL.dim
     shapes = shapes_in(jax.make_jaxpr(forward)(make_dit(FULL), inputs))
@@ -261,7 +266,8 @@ def test_nothing_recompiles(tiny_folder):
 
     def clip(prompt: str = "a cat", num_steps: int = 2, **options) -> None:
         image = rng.integers(0, 256, (32, 48, 3), np.uint8)
-        request = resolve(model.spec, prompt, image=image, size=(48, 32), num_frames=5, num_steps=num_steps, **options)
+        options |= {"image": image, "size": (48, 32), "num_frames": 1, "num_steps": num_steps}
+        request = resolve(model.spec, prompt, **options)
         denoise(model, request, encode(model, request), [noise(model, request, request.seeds[0])])
 
     with counting_compilations() as compiled:
@@ -307,7 +313,7 @@ def test_not_a_number_names_the_step(segment):
 def on_mesh(network: str, module: Any, mesh: jax.sharding.Mesh) -> Any:
     """The same weights, read from the official layout straight onto the mesh."""
     rows = table(network, module.cfg)
-    weights = {name: produce() for name, _, _, produce in export(module, rows, layout="official")}
+    weights = {name: produce() for name, _, _, produce in export(to_numpy(module), rows, layout="official")}
     sharded = fill(abstract(lambda: module), rows, weights, network=network, mesh=mesh)
     share = mesh.shape["fsdp"] * mesh.shape["tensor"]
     for path, leaf in flatten_params(sharded).items():
@@ -327,7 +333,7 @@ def test_sharded_dit(case, axes):
         run = forward.lower(sharded, inputs).compile()
         np.testing.assert_allclose(run(sharded, inputs), forward(dit, inputs), atol=1e-5)
     alone = forward.lower(dit, inputs).compile()
-    print("SHARE", axes, run.cost_analysis()["flops"] / alone.cost_analysis()["flops"])
+    assert run.cost_analysis()["flops"] < alone.cost_analysis()["flops"] / 4
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
@@ -346,7 +352,7 @@ def test_sharded_text_encoder(axes):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_published_models_can_be_sharded(name):
-    """Every parameter has a rule; with it, no device of eight holds more than a fair share of the large networks."""
+    """Every parameter has a rule, and of the large networks no device of eight holds more than its share."""
     spec = MODELS[name]
     parts = [part for part in NETWORKS if (part != "image_encoder" or spec.clip) and part != "dit_low"]
     mesh = make_mesh({"fsdp": 4, "tensor": 2})

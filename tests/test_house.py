@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "request": "config sampling",
     "model": "config parallel models checkpoint text weights",
     "conditions": "config parallel nn models media sampling",
-    "pipeline": "wan_jax config parallel nn models model media request conditions sampling sampling.resume",
+    "pipeline": "wan_jax parallel nn models model media request conditions sampling sampling.resume weights",
     "weights.convert": "config checkpoint model weights",  # whole models, from layout to layout
     "cli": "wan_jax config parallel media request model pipeline weights weights.convert",
 }

@@ -83,8 +83,8 @@ class Model:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the networks that this model has."""
-        return tuple(part for part in layouts.NETWORKS if part in self.files.parts)
+        """Names of the networks that the checkpoint holds."""
+        return self.files.networks
 
     @property
     def dit(self) -> DiT:
@@ -110,6 +110,7 @@ class Model:
 
     @property
     def tokenizer(self) -> Tokenizer:
+        self.files.require("tokenizer")
         return Tokenizer.from_folder(self.files.parts["tokenizer"])
 
     def network(self, part: str) -> Any:
@@ -124,8 +125,7 @@ class Model:
             self._networks.pop(part, None)
 
     def _load(self, part: str) -> Any:
-        if part not in self.files.parts:
-            raise CheckpointError(f"{self.spec.name} has no {part}; it has {', '.join(self.parts)}")
+        self.files.require(part)
         path, shape = self.files.parts[part], build(part, self.spec, self.dtype)
         network = "dit" if part == "dit_low" else part
         log.info("loading %s (%.2f GB) from %s", part, num_bytes(shape) / 1e9, path)

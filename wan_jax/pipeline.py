@@ -6,7 +6,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,10 @@ from wan_jax.sampling.resume import Resume
 from wan_jax.sampling.sampler import Progress, Velocity, make_steps, sample, start
 from wan_jax.sampling.schedule import make_schedule
 from wan_jax.sampling.solvers import State
+from wan_jax.weights.layouts import spec_parts
 
 Array = jax.Array
+DECODING = ("fps", "tiled")  # settings that a run may change between sampling and decoding, when memory was short
 
 
 @functools.cache
@@ -214,12 +216,14 @@ def run(
         noises: [1, t, h, w, z] per clip, in place of the seeds' noise.
         finish: takes the clips while the saved state still exists, so that a failure to write them loses nothing.
     """
+    model.files.require(*spec_parts(model.spec), "tokenizer")
     stages = stages or Stages(progress)
     given = noises or [None] * len(request.seeds)
     described = [settings(model, request, seed, x) for seed, x in zip(request.seeds, given, strict=True)]
     folder = str(model.files.folder.resolve())  # equal settings for other weights are another run
+    sampled = [{name: x for name, x in about.items() if name not in DECODING} for about in described]
     with (
-        Resume(resume_file, [about | {"folder": folder} for about in described]) as resume,
+        Resume(resume_file, [about | {"folder": folder} for about in sampled]) as resume,
         use_mesh(model.mesh),
         _clear_memory_errors(),
     ):
@@ -261,6 +265,9 @@ def settings(model: Model, request: Request, seed: int, noise: Array | None = No
 @contextmanager
 def _bar(request: Request, resume: Resume, show: bool) -> Iterator[Callable[[], None]]:
     """One progress bar over the steps of all clips; yields what redraws it."""
+    if not show:
+        yield lambda: None
+        return
     from tqdm.auto import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -268,9 +275,8 @@ def _bar(request: Request, resume: Resume, show: bool) -> Iterator[Callable[[], 
         return sum(steps for steps, _ in resume.states.values())
 
     total = request.num_steps * len(request.seeds)
-    with tqdm(total=total, initial=done(), unit="step", smoothing=0.7, disable=not show) as bar:
-        with logging_redirect_tqdm() if show else nullcontext():
-            yield lambda: bar.update(done() - bar.n)
+    with tqdm(total=total, initial=done(), unit="step", smoothing=0.7) as bar, logging_redirect_tqdm():
+        yield lambda: bar.update(done() - bar.n)
 
 
 @contextmanager
@@ -313,8 +319,8 @@ def generate(
         callback: called after each segment with `Progress`.
         progress: show stages and steps on stderr.
         resume_file: save the sampler's state there when interrupted, and continue from it when it fits.
-        options: ``negative_prompt, size, aspect, num_frames, fps, num_steps, shift, guidance_scale, solver, guidance, tiled``
-            of `wan_jax.request.resolve`; defaults are the model's official ones.
+        options: ``negative_prompt, size, aspect, num_frames, fps, num_steps, shift, guidance_scale, solver, guidance,
+            tiled`` of `wan_jax.request.resolve`; defaults are the model's official ones.
     Returns:
         A `Clip`, or a list of them for several seeds.
     Raises:

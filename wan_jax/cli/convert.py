@@ -63,9 +63,13 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from wan_jax.weights.convert import check_folder
     from wan_jax.weights.hub import resolve
+    from wan_jax.weights.layouts import locate, spec_parts
 
-    faults = 0
-    for part, coverage in check_folder(resolve(args.source)).items():
+    files, faults = locate(resolve(args.source)), 0
+    for part in (*spec_parts(files.spec), "tokenizer"):
+        if not files.parts[part].exists():
+            print(f"{part}: not in this folder, looked for {files.parts[part]}")
+    for part, coverage in check_folder(files.folder).items():
         faults += len(coverage.faults)
         state = "complete" if not coverage.faults else f"{len(coverage.faults)} FAULTS"
         print(f"{part}: {state}; {len(coverage.used)} keys used once, {len(coverage.ignored)} ignored")

@@ -47,7 +47,7 @@ class Past:
         self.slots: list[Array] = []
 
     def extend(self, x_BTHWC: Array, frames: int, *, zeros: bool = True) -> Array:
-        """Put the last ``frames`` frames of the past in front of ``x``; before the first chunk zeros, or nothing."""
+        """Put the last ``frames`` frames of the past in front of ``x``; zeros, or nothing, before the first chunk."""
         if not self.first:
             x_BTHWC = jnp.concatenate([next(self._before), x_BTHWC], axis=1)
         elif zeros:
@@ -119,6 +119,8 @@ class Middle(nnx.Module):
 
 
 class Head(nnx.Module):
+    """The last convolution of a half."""
+
     def __init__(self, d_in: int, d_out: int, *, rngs: nnx.Rngs):
         self.norm = ChannelNorm(d_in, rngs=rngs)
         self.conv = CausalConv(d_in, d_out, rngs=rngs)
@@ -165,7 +167,7 @@ class Up(nnx.Module):
 
 
 def fold(x_BTHWC: Array, ft: int, fs: int) -> Array:
-    """[B, T, H, W, C] -> [B, T/ft, H/fs, W/fs, C, ft, fs, fs]: every cell with the offsets of its frame, row and column."""
+    """[B, T, H, W, C] -> [B, T/ft, H/fs, W/fs, C, ft, fs, fs]: cells, with the offsets of frame, row and column."""
     B, T, H, W, C = x_BTHWC.shape
     x = x_BTHWC.reshape(B, T // ft, ft, H // fs, fs, W // fs, fs, C)
     return x.transpose(0, 1, 3, 5, 7, 2, 4, 6)
@@ -225,7 +227,9 @@ class Stage(nnx.Module):
     The last stage of a half keeps its resolution. Only 2.2 has shortcuts.
     """
 
-    def __init__(self, widths: Sequence[int], resample: Down | Up | None, shortcut: AvgDown | DupUp | None, *, rngs: nnx.Rngs):
+    def __init__(
+        self, widths: Sequence[int], resample: Down | Up | None, shortcut: AvgDown | DupUp | None, *, rngs: nnx.Rngs
+    ):
         self.blocks = nnx.List([ResidualBlock(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)])
         self.resample = resample
         self.shortcut = shortcut
@@ -254,6 +258,11 @@ def decoder_widths(cfg: VAEConfig) -> list[tuple[int, int]]:
 
 def _width_above(cfg: VAEConfig, d_out: int) -> int:
     return d_out if cfg.version == "2.2" else d_out // 2
+
+
+def patch_size(cfg: VAEConfig) -> int:
+    """Side of the cells of pixels that become channels before the first convolution."""
+    return 2 if cfg.version == "2.2" else 1
 
 
 class Encoder(nnx.Module):
@@ -331,15 +340,13 @@ class VAE(nnx.Module):
         """
         past = Past(cache)
         mean = self.conv1(self.encoder(video_BTHWC.astype(jnp.float32), past))[..., : self.cfg.z_dim]
-        shift, scale = jnp.asarray(self.cfg.latents_mean), jnp.asarray(self.cfg.latents_std)
-        return (mean - shift) / scale, tuple(past.slots)
+        return (mean - np.float32(self.cfg.latents_mean)) / np.float32(self.cfg.latents_std), tuple(past.slots)
 
     def decode_chunk(self, latents_BTHWC: Array, cache: Cache | None = None) -> tuple[Array, Cache]:
         """Frames of a part of the latents, any number of them, and what the next part needs. Not clamped."""
         past = Past(cache)
-        shift, scale = jnp.asarray(self.cfg.latents_mean), jnp.asarray(self.cfg.latents_std)
-        z = self.conv2(latents_BTHWC.astype(jnp.float32) * scale + shift)
-        return self.decoder(z, past), tuple(past.slots)
+        z = latents_BTHWC.astype(jnp.float32) * np.float32(self.cfg.latents_std) + np.float32(self.cfg.latents_mean)
+        return self.decoder(self.conv2(z), past), tuple(past.slots)
 
     def encode(self, video_BTHWC: Array) -> Array:
         """Latents of a whole clip in one pass; frames beyond the last full 4k + 1 are dropped, as officially."""
@@ -364,10 +371,8 @@ class VAE(nnx.Module):
         """
         return _stream(self.decode_chunk, latents_BTHWC, 1, finish)
 
-    def encode_tiled(
-        self, video_BTHWC: Array, tile: tuple[int, int] = TILE, overlap: int = OVERLAP
-    ) -> Array:
-        """`encode_stream` in tiles, see `decode_tiled`."""
+    def encode_tiled(self, video_BTHWC: Array, tile: tuple[int, int] = TILE, overlap: int = OVERLAP) -> Array:
+        """`encode_stream` in tiles of the picture, see `decode_tiled`."""
         return _tiled(self.encode_stream, video_BTHWC, tile, overlap, self.cfg.spatial_stride, 1)
 
     def decode_tiled(
@@ -377,15 +382,26 @@ class VAE(nnx.Module):
         overlap: int = OVERLAP,
         finish: Callable[[Array], Array] | None = None,
     ) -> Array:
-        """`decode_stream` in tiles of the picture, for frames that do not fit.
+        """`decode_stream` in tiles of the picture, for frames that do not fit; not exact.
+
+        A tile sees nothing beyond its rim, and the attention in the middle of the network only its own positions. The
+        rims are faded out smoothly, so no seam shows; the attention may shift colours slightly between tiles. Measured
+        with the default tiles on white latents and random weights, the hardest case: the root mean square of the
+        difference is 3 % of the frames' standard deviation (1 % without the attention), the largest one 46 %.
+
+        Memory: one tile's `decode_stream` and the float frames of the clip, 12 bytes per pixel: 2.4 GB for 81 frames of
+        1280 x 720 with 2.1, against 18 GB. (All tiles streamed side by side would need no clip of floats, but the past
+        of every tile: 9 GB and more.)
+
+        Args:
+            tile: rows and columns in latents.
+            overlap: latents shared by neighbours, at least; tiles are spread evenly.
+            finish: applied to the blended frames, such as `to_uint8`.
+        Raises:
+            InputError: the overlap does not leave a part of the tile.
         """
         video = _tiled(self.decode_stream, latents_BTHWC, tile, overlap, 1, self.cfg.spatial_stride)
         return video if finish is None else finish(video)
-
-
-def patch_size(cfg: VAEConfig) -> int:
-    """Side of the cells of pixels that become channels before the first convolution."""
-    return 2 if cfg.version == "2.2" else 1
 
 
 @jax.jit
@@ -424,7 +440,8 @@ def _tiled(
 ) -> Array:
     """Blend ``fn`` of overlapping tiles; tile and overlap count latents of ``scale_in`` and ``scale_out`` pixels."""
     if not 0 < overlap < min(tile):
-        raise InputError(f"tile={tile}, overlap={overlap}: need 0 < overlap < tile, try overlap={max(1, min(tile) // 4)}")
+        nearest = max(1, min(tile) // 4)
+        raise InputError(f"tile={tile}, overlap={overlap}: need 0 < overlap < tile, try overlap={nearest}")
     B, T, H, W, C = x_BTHWC.shape
     h, w = min(tile[0], H // scale_in), min(tile[1], W // scale_in)
     tops, rows = _cut(H // scale_in, h, overlap, scale_out)
@@ -450,8 +467,8 @@ def _cut(length: int, size: int, overlap: int, scale: int) -> tuple[Array, Array
     starts = np.linspace(0, length - size, count).round().astype(np.int32)
     weights = np.ones((count, size * scale))
     if count > 1:
-        shared = (size - np.diff(starts).min()) * scale  # tiles are spread evenly: this may exceed the overlap asked for
-        # A smooth ramp over the middle half of the overlap: at the rim of a tile the convolutions see zeros, not picture.
+        shared = (size - np.diff(starts).min()) * scale  # even spreading may give more overlap than was asked for
+        # A smooth ramp over the middle half of the overlap: near a tile's rim convolutions see padding, not picture.
         ramp = np.sin(np.pi / 2 * np.clip(2 * (np.arange(size * scale) + 0.5) / shared - 0.5, 0, 1)) ** 2
         weights[1:] *= ramp
         weights[:-1] *= ramp[::-1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,39 +21,41 @@ Array = jax.Array
 
 def conv2d(x: Array, kernel: Array, stride: int = 1, padding: tuple[int, int] = (0, 0)) -> Array:
     """Convolve every image of x [..., H, W, C]; ``padding`` goes before and after both axes of the picture."""
-    precision = matmul_precision(kernel.dtype)
     if kernel.shape[:2] == (1, 1) and stride == 1:
-        return jnp.dot(x, kernel[0, 0], precision=precision)
-    images = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])  # no -1: a stack of no frames is legal
+        return jnp.dot(x, kernel[0, 0], precision=matmul_precision(kernel.dtype))
+    images = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])  # no -1: there may be no frame at all
     y = jax.lax.conv_general_dilated(
-        images, kernel, (stride, stride), (padding, padding), dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
-    )
+        images, kernel, (stride, stride), (padding, padding), dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=matmul_precision(kernel.dtype),
+    )  # fmt: skip
     return y.reshape(*x.shape[:-3], *y.shape[1:])
 
 
 def conv3d(x_BTHWC: Array, kernel: Array, stride: int = 1) -> Array:
-    """Convolve video: no padding and ``stride`` in time, same-size padding in the picture.
+    """Convolve video: no padding and ``stride`` in time, padding to the same size in the picture.
 
-    Less than a kernel of frames gives no frames. On CPU the convolution is a sum of 2-D ones, one for each frame of the
-    kernel: XLA's 3-D convolution there is 1.3 to 1.8 times slower at Wan's shapes, 6 times for few output channels.
+    Fewer frames than the kernel has give none. On CPU the convolution is a sum of 2-D ones, one for each frame of the
+    kernel: XLA's 3-D convolution takes 1.3 to 1.8 times as long there at Wan's shapes, twice in the gradient, and six
+    times for three output channels.
     """
-    if kernel.shape[0] == 1 and stride == 1:
-        return _sum_of_taps(x_BTHWC, kernel, stride)
-    forms = {"cpu": _sum_of_taps, "default": _whole}
+    if kernel.shape[:3] == (1, 1, 1) and stride == 1:
+        return conv2d(x_BTHWC, kernel[0])
     return jax.lax.platform_dependent(
-        x_BTHWC, kernel, **{platform: functools.partial(form, stride=stride) for platform, form in forms.items()}
+        x_BTHWC,
+        kernel,
+        cpu=functools.partial(_sum_of_2d, stride=stride),
+        default=functools.partial(_native, stride=stride),
     )
 
 
-def _sum_of_taps(x: Array, kernel: Array, stride: int) -> Array:
-    frames = max(0, (x.shape[1] - kernel.shape[0]) // stride + 1)
-    pad = kernel.shape[1] // 2
-    return sum(
-        conv2d(x[:, i:][:, ::stride][:, :frames], kernel[i], padding=(pad, pad)) for i in range(kernel.shape[0])
-    )
+def _sum_of_2d(x: Array, kernel: Array, stride: int) -> Array:
+    size, pad = kernel.shape[0], kernel.shape[1] // 2
+    frames = max(0, (x.shape[1] - size) // stride + 1)
+    taken = [x[:, i:][:, ::stride][:, :frames] for i in range(size)]  # for every output the frame under the i-th tap
+    return sum(conv2d(taken[i], kernel[i], padding=(pad, pad)) for i in range(size))
 
 
-def _whole(x: Array, kernel: Array, stride: int) -> Array:
+def _native(x: Array, kernel: Array, stride: int) -> Array:
     pads = [(0, 0)] + [(size // 2, size // 2) for size in kernel.shape[1:3]]
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, 1, 1), pads, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
@@ -64,7 +67,14 @@ class Conv2d(nnx.Module):
     """Convolution of every image of [..., H, W, C]; ``padding`` before and after, default half the kernel."""
 
     def __init__(
-        self, c_in: int, c_out: int, size: int = 3, *, stride: int = 1, padding: tuple[int, int] | None = None, rngs: nnx.Rngs
+        self,
+        c_in: int,
+        c_out: int,
+        size: int = 3,
+        *,
+        stride: int = 1,
+        padding: tuple[int, int] | None = None,
+        rngs: nnx.Rngs,
     ):
         self.kernel = param(rngs, (size, size, c_in, c_out), std=(size * size * c_in) ** -0.5)
         self.bias = param(rngs, (c_out,))
@@ -78,9 +88,7 @@ class Conv2d(nnx.Module):
 class Conv3d(nnx.Module):
     """Convolution of [B, T, H, W, C], see `conv3d`: what comes before the first frame is the caller's business."""
 
-    def __init__(
-        self, c_in: int, c_out: int, size: tuple[int, int, int] = (3, 3, 3), *, stride: int = 1, rngs: nnx.Rngs
-    ):
+    def __init__(self, c_in: int, c_out: int, size: Sequence[int] = (3, 3, 3), *, stride: int = 1, rngs: nnx.Rngs):
         self.kernel = param(rngs, (*size, c_in, c_out), std=(math.prod(size) * c_in) ** -0.5)
         self.bias = param(rngs, (c_out,))
         self.stride = stride

@@ -26,19 +26,18 @@ Tensors = Iterable[tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray
 
 
 def check_folder(folder: str | Path) -> dict[str, Coverage]:
-    """Coverage of every network of an official or diffusers folder; reads headers only."""
+    """Coverage of every network that an official or diffusers folder holds; reads headers only."""
     files = layouts.locate(folder)
     if files.layout == "orbax":
         raise InputError(f"{folder} is already converted; check takes the official or diffusers files")
     report = {}
-    for part in layouts.NETWORKS:
-        if part in files.parts:
-            cfg = layouts.network_config(files.spec, part)
-            with layouts.open_part(part, files.parts[part]) as source:
-                report[part] = check(
-                    build(part, files.spec, jnp.bfloat16), layouts.table(part, cfg), source,
-                    layout=files.layout, ignore=layouts.ignored(part, files.layout),
-                )  # fmt: skip
+    for part in files.networks:
+        cfg = layouts.network_config(files.spec, part)
+        with layouts.open_part(part, files.parts[part]) as source:
+            report[part] = check(
+                build(part, files.spec, jnp.bfloat16), layouts.table(part, cfg), source,
+                layout=files.layout, ignore=layouts.ignored(part, files.layout),
+            )  # fmt: skip
     return report
 
 
@@ -52,9 +51,14 @@ def import_folder(model: Model, target: str | Path, say: Say = print) -> None:
         save_params(target / part, network)
         del network
         model.release(part)
-    shutil.copytree(model.files.parts["tokenizer"], target / "tokenizer")
-    manifest = {"spec": layouts.spec_to_json(model.spec), "parts": [*model.parts, "tokenizer"]}
-    (target / layouts.MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+    _copy_tokenizer(model, target / "tokenizer")
+    write_json(target / layouts.MANIFEST, {"spec": layouts.spec_to_json(model.spec)})
+
+
+def _copy_tokenizer(model: Model, target: Path) -> None:
+    source = model.files.parts["tokenizer"]
+    if source.exists():
+        shutil.copytree(source, target)
 
 
 def new_folder(path: str | Path) -> Path:
@@ -84,7 +88,7 @@ def export_folder(
 
     write_folder(model.spec, target, layout, chosen, tensors, say, after=model.release)
     folder = layouts.TOKENIZER_OFFICIAL if layout == "official" else layouts.DIFFUSERS_FOLDERS["tokenizer"]
-    shutil.copytree(model.files.parts["tokenizer"], Path(target) / folder)
+    _copy_tokenizer(model, Path(target) / folder)
 
 
 def write_folder(
@@ -162,7 +166,7 @@ def _write_index(spec: ModelSpec, target: Path, parts: Iterable[str]) -> None:
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # Widths of the small random models; every task's path runs in seconds on a CPU.

@@ -35,17 +35,33 @@ DIFFUSERS_FOLDERS = {
     "dit": "transformer", "dit_low": "transformer_2", "vae": "vae", "text_encoder": "text_encoder",
     "image_encoder": "image_encoder", "tokenizer": "tokenizer",
 }  # fmt: skip
+SPEC_FIELDS = {"vae": "vae", "text_encoder": "text", "image_encoder": "clip"}  # part -> field of ModelSpec
 NETWORKS = ("dit", "dit_low", "vae", "text_encoder", "image_encoder")
 
 
 @dataclass(frozen=True)
 class Files:
-    """A model folder: its layout, what model it holds, and the path of every part."""
+    """A model folder: its layout, what model it holds, and where every part is, or would be if it were there."""
 
     folder: Path
     layout: str  # official | diffusers | orbax
     spec: ModelSpec
     parts: Mapping[str, Path]
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Names of the networks that are there."""
+        return tuple(part for part in NETWORKS if part in self.parts and self.parts[part].exists())
+
+    def require(self, *parts: str) -> None:
+        """Raise CheckpointError unless these parts are there; it names every one that is not, and where it was sought."""
+        unknown = [part for part in parts if part not in self.parts]
+        if unknown:
+            known = ", ".join(self.parts)
+            raise CheckpointError(f"{self.spec.name} has no {', '.join(unknown)}; its parts are {known}")
+        missing = [f"{part}: {self.parts[part]}" for part in parts if not self.parts[part].exists()]
+        if missing:
+            raise CheckpointError(f"the checkpoint in {self.folder} lacks\n  " + "\n  ".join(missing))
 
 
 def spec_parts(spec: ModelSpec) -> tuple[str, ...]:
@@ -62,10 +78,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def locate(folder: str | Path) -> Files:
-    """Find out what a folder holds.
+    """Find out what a folder holds. Parts may be missing, but for the diffusion transformer; see `Files.require`.
 
     Raises:
-        CheckpointError: no known layout, or parts are missing; names what was looked for and where.
+        CheckpointError: no known layout; names what was looked for and where.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -82,57 +98,45 @@ def locate(folder: str | Path) -> Files:
     )
 
 
-def _require(parts: Mapping[str, Path]) -> None:
-    missing = [f"{part}: {path}" for part, path in parts.items() if not path.exists()]
-    if missing:
-        raise CheckpointError("the checkpoint lacks\n  " + "\n  ".join(missing))
-
-
 def _official(folder: Path) -> Files:
     two = (folder / EXPERT_FOLDERS["dit"]).is_dir()
     parts = {part: folder / name for part, name in EXPERT_FOLDERS.items()} if two else {"dit": folder}
-    parts["vae"] = next((folder / name for name in VAE_FILES if (folder / name).exists()), folder / VAE_FILES[0])
-    parts["text_encoder"] = folder / T5_FILE
-    parts["tokenizer"] = folder / TOKENIZER_OFFICIAL
-    _require(parts)
     config = read_json(parts["dit"] / "config.json")
-    shapes = part_shapes("dit", parts["dit"])
-    dit_cfg = dit.config_from_official(config, shapes)
-    image_cfg = None
+    dit_cfg = dit.config_from_official(config, part_shapes("dit", parts["dit"]))
+    vae_file = VAE_FILES[1] if config.get("model_type") == "ti2v" else VAE_FILES[0]
+    parts |= {
+        "vae": folder / vae_file,
+        "text_encoder": folder / T5_FILE,
+        "tokenizer": folder / TOKENIZER_OFFICIAL,
+    }
     if dit_cfg.image_tokens:
         parts["image_encoder"] = folder / CLIP_FILE
-        _require(parts)
-        image_cfg = clip.infer_config(part_shapes("image_encoder", parts["image_encoder"]))
-        dit_cfg = dataclasses.replace(dit_cfg, image_tokens=image_cfg.num_tokens * (2 if dit_cfg.image_positions else 1))
-    text_cfg = umt5.infer_config(part_shapes("text_encoder", parts["text_encoder"]))
-    vae_cfg = vae.infer_config(part_shapes("vae", parts["vae"]))
-    task = config.get("model_type", "t2v")
-    return Files(folder, "official", _find_spec(folder, task, two, dit_cfg, vae_cfg, text_cfg, image_cfg), parts)
+    found = {
+        part: module.infer_config(part_shapes(part, parts[part]))
+        for part, module in (("vae", vae), ("text_encoder", umt5), ("image_encoder", clip))
+        if part in parts and parts[part].exists()
+    }
+    return Files(folder, "official", _find_spec(folder, config.get("model_type", "t2v"), two, dit_cfg, found), parts)
 
 
 def _diffusers(folder: Path) -> Files:
     index = read_json(folder / "model_index.json")
     two = index.get("transformer_2", [None])[0] is not None
-    names = {"dit", "vae", "text_encoder", "tokenizer"} | ({"dit_low"} if two else set())
-    parts = {part: folder / name for part, name in DIFFUSERS_FOLDERS.items() if part in names}
-    _require(parts)
-    dit_cfg = dit.config_from_diffusers(read_json(parts["dit"] / "config.json"))
-    image_cfg = None
-    if dit_cfg.image_tokens:
-        parts["image_encoder"] = folder / DIFFUSERS_FOLDERS["image_encoder"]
-        _require(parts)
-        image_cfg = clip.config_from_diffusers(read_json(parts["image_encoder"] / "config.json"))
-        pictures = 2 if dit_cfg.image_positions else 1
-        dit_cfg = dataclasses.replace(dit_cfg, image_tokens=pictures * image_cfg.num_tokens)
+    dit_cfg = dit.config_from_diffusers(read_json(folder / DIFFUSERS_FOLDERS["dit"] / "config.json"))
+    absent = {"dit_low": not two, "image_encoder": not dit_cfg.image_tokens}
+    parts = {part: folder / name for part, name in DIFFUSERS_FOLDERS.items() if not absent.get(part)}
+    found = {
+        part: module.config_from_diffusers(read_json(parts[part] / "config.json"))
+        for part, module in (("vae", vae), ("text_encoder", umt5), ("image_encoder", clip))
+        if part in parts and parts[part].exists()
+    }
     if index.get("expand_timesteps"):
         task = "ti2v"
     elif dit_cfg.image_positions:
         task = "flf2v"
     else:
         task = "i2v" if dit_cfg.in_dim > dit_cfg.out_dim else "t2v"
-    text_cfg = umt5.config_from_diffusers(read_json(parts["text_encoder"] / "config.json"))
-    vae_cfg = vae.config_from_diffusers(read_json(parts["vae"] / "config.json"))
-    spec = _find_spec(folder, task, two, dit_cfg, vae_cfg, text_cfg, image_cfg)
+    spec = _find_spec(folder, task, two, dit_cfg, found)
     if two and index.get("boundary_ratio"):
         spec = dataclasses.replace(spec, boundary=index["boundary_ratio"])
     return Files(folder, "diffusers", spec, parts)
@@ -142,11 +146,9 @@ def _orbax(folder: Path) -> Files:
     manifest = read_json(folder / MANIFEST)
     try:
         spec = spec_from_json(manifest["spec"])
-        parts = {part: folder / part for part in manifest["parts"]}
-    except (KeyError, TypeError) as error:
+        return Files(folder, "orbax", spec, {part: folder / part for part in (*spec_parts(spec), "tokenizer")})
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: not written by this program, or damaged: {error}") from error
-    _require(parts)
-    return Files(folder, "orbax", spec, parts)
 
 
 def part_shapes(part: str, path: Path) -> dict[str, tuple[int, ...]]:
@@ -177,38 +179,44 @@ def ignored(part: str, layout: str) -> list[tuple[str, str]]:
 
 def network_config(spec: ModelSpec, part: str) -> Any:
     """Architecture of one network of a model."""
-    cfg = {"vae": spec.vae, "text_encoder": spec.text, "image_encoder": spec.clip}.get(part, spec.dit)
+    cfg = getattr(spec, SPEC_FIELDS.get(part, "dit"))
     if cfg is None:
         raise CheckpointError(f"{spec.name} has no {part}")
     return cfg
 
 
-def _find_spec(
-    folder: Path, task: str, two: bool, dit_cfg: DiTConfig, vae_cfg: VAEConfig, text: UMT5Config, image: CLIPConfig | None
-) -> ModelSpec:
+def _find_spec(folder: Path, task: str, two: bool, dit_cfg: DiTConfig, found: Mapping[str, Any]) -> ModelSpec:
     """The published model with these networks; for other widths, the defaults of the nearest kind with the folder's name.
 
-    Two published models with equal networks (I2V 480P and 720P; T2V-14B) are told apart by the folder's name.
+    Two published models with equal networks (I2V 480P and 720P) are told apart by the folder's name.
+
+    Args:
+        found: architectures of the other networks, as far as their files are there.
     """
 
     def kind(spec: ModelSpec) -> tuple:
         return spec.task, spec.num_experts == 2, spec.clip is not None
 
-    alike = [spec for spec in MODELS.values() if kind(spec) == (task, two, image is not None)]
+    image = dit_cfg.image_tokens > 0
+    alike = [spec for spec in MODELS.values() if kind(spec) == (task, two, image)]
     if not alike:
         raise CheckpointError(
             f"{folder}: model_type {task!r} with {'two experts' if two else 'one network'}"
             f" {'and' if image else 'without'} CLIP features is no published kind of Wan model"
         )
-    exact = [spec for spec in alike if (spec.dit, spec.vae, spec.text) == (dit_cfg, vae_cfg, text)]
-    if exact:
-        key = str(folder.resolve()).lower()
-        named = [spec for spec in exact if spec.repository.split("/")[-1].lower() in key]
-        return dataclasses.replace((named or exact)[0], clip=image)
+    if tower := found.get("image_encoder"):
+        dit_cfg = dataclasses.replace(dit_cfg, image_tokens=tower.num_tokens * (2 if dit_cfg.image_positions else 1))
+    networks = {"dit": dit_cfg} | {field: found[part] for part, field in SPEC_FIELDS.items() if part in found}
+    key = str(folder.resolve()).lower()
+    alike.sort(key=lambda spec: spec.repository.split("/")[-1].lower() not in key)  # the named one first
+    for spec in alike:
+        same = {name: dataclasses.replace(spec, **{name: cfg}) == spec for name, cfg in networks.items()}
+        same["clip"] = True  # diffusers keeps the tower without its head
+        if all(same.values()):
+            return dataclasses.replace(spec, **networks)
     return dataclasses.replace(
-        alike[0], name=folder.resolve().name, dit=dit_cfg, vae=vae_cfg, text=text, clip=image, repository="",
-        diffusers_repository="", licence="unknown",
-    )  # fmt: skip
+        alike[0], name=folder.resolve().name, repository="", diffusers_repository="", licence="unknown", **networks
+    )
 
 
 def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
