@@ -41,6 +41,8 @@ FULL = dataclasses.replace(TINY, in_dim=36, image_tokens=10, image_dim=40, image
 CONFIGS = {"plain": TINY, "full": FULL}
 MESHES = [{"fsdp": 8}, {"data": 2, "seq": 4}, {"tensor": 4, "fsdp": 2}]
 COMPILE_CPU_SECONDS = 10
+# For programs that take longer to compile than to run.
+QUICK = {"xla_backend_optimization_level": "0"}
 
 
 def randomised(make: Callable[[], Any]) -> Any:
@@ -91,54 +93,46 @@ def forward(dit: DiT, inputs: dict[str, jax.Array]) -> jax.Array:
     return dit(**inputs)
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def case(request) -> tuple[DiT, dict[str, jax.Array]]:
-    cfg = CONFIGS[request.param]
-    return make_dit(cfg), make_inputs(cfg)
+def captured(dit: DiT, inputs: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return jax.jit(lambda dit, inputs: dit(**inputs, capture=True))(dit, inputs)
 
 
-def test_intermediates(case):
-    dit, inputs = case
-    cfg = dit.cfg
-    velocity, mid = jax.jit(lambda dit, inputs: dit(**inputs, capture=True))(dit, inputs)
+@pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
+def test_intermediates_and_loop(cfg, monkeypatch):
+    """Scanning the blocks gives the numbers of a Python loop over them, in every named intermediate."""
+    dit, inputs = make_dit(cfg), make_inputs(cfg)
+    velocity, mid = captured(dit, inputs)
     np.testing.assert_allclose(velocity, forward(dit, inputs), atol=1e-6)
     for name in ("self_attn", "cross_attn", "block"):
         assert mid[name].shape == (cfg.num_layers, 2, 32, cfg.dim)
-    token_time = inputs.get("token_time")
-    head = dit.head(mid["block"][-1], mid["time_embedding"], token_time)
-    np.testing.assert_allclose(mid["head"], head, atol=1e-5)
     assert mid["text_tokens"].shape == (2, cfg.text_len, cfg.dim)
     if cfg.image_tokens:
         assert mid["image_tokens"].shape == (2, cfg.image_tokens, cfg.dim)
+    token_time = inputs.get("token_time")
     assert mid["time_embedding"].shape == (2, 1 if token_time is None else 2, cfg.dim)
-
-
-def test_scan_equals_loop(case, monkeypatch):
-    dit, inputs = case
+    head = dit.head(mid["block"][-1], mid["time_embedding"], token_time)
+    np.testing.assert_allclose(mid["head"], head, atol=1e-5)
 
     def loop(stack, x, fn, *, remat=False):
         outs = []
-        for i in range(dit.cfg.num_layers):
+        for i in range(cfg.num_layers):
             x, out = fn(jax.tree.map(lambda leaf, i=i: leaf[i], stack), x)
             outs.append(out)
         return x, jax.tree.map(lambda *layers: jnp.stack(layers), *outs)
 
-    def run():
-        return jax.jit(lambda dit, inputs: dit(**inputs, capture=True))(dit, inputs)
-
-    scanned = run()
     monkeypatch.setattr(dit_module, "apply_stack", loop)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), scanned, run())
+    looped = captured(dit, inputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), looped, (velocity, mid))
 
 
 def loss(dit: DiT, inputs: dict[str, jax.Array], remat: bool) -> jax.Array:
     return jnp.square(dit(**inputs, remat=remat)).mean()
 
 
-def test_gradients_and_remat(case):
-    dit, inputs = case
+def test_gradients_and_remat():
+    dit, inputs = make_dit(FULL), make_inputs(FULL)
     lowered = jax.jit(jax.value_and_grad(loss), static_argnums=2).lower
-    plain, remat = (lowered(dit, inputs, remat).compile() for remat in (False, True))
+    plain, remat = (lowered(dit, inputs, remat).compile(QUICK) for remat in (False, True))
     value, gradient = plain(dit, inputs)
     again, same = remat(dit, inputs)
     np.testing.assert_allclose(again, value, rtol=1e-6)
@@ -158,8 +152,8 @@ def test_gradients_and_remat(case):
     np.testing.assert_allclose((ahead - behind) / 2e-2, norm, rtol=1e-2)
 
 
-def test_vmap(case):
-    dit, inputs = case
+def test_vmap():
+    dit, inputs = make_dit(FULL), make_inputs(FULL)
     expected = forward(dit, inputs)
     one = jax.vmap(lambda inputs: dit(**jax.tree.map(lambda x: x[None], inputs))[0])
     np.testing.assert_allclose(jax.jit(one)(inputs), expected, atol=2e-6)
@@ -170,8 +164,7 @@ def test_vmap(case):
 
 
 def test_constructor():
-    quick = {"xla_backend_optimization_level": "0"}
-    dit = jax.jit(lambda: DiT(TINY, rngs=nnx.Rngs(0)), compiler_options=quick)()
+    dit = jax.jit(lambda: DiT(TINY, rngs=nnx.Rngs(0)), compiler_options=QUICK)()
     leaves = flatten_params(to_numpy(dit))
     for path, leaf in leaves.items():
         if path.endswith(("weight", "bias")):
@@ -324,16 +317,16 @@ def on_mesh(network: str, module: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
-def test_sharded_dit(case, axes):
+def test_sharded_dit(axes):
     """Every mesh gives the numbers of one device, and each device does its part of the work."""
-    dit, inputs = case
+    dit, inputs = make_dit(FULL), make_inputs(FULL)
     mesh = make_mesh(axes)
     sharded = on_mesh("dit", dit, mesh)
     with use_mesh(mesh):
         run = forward.lower(sharded, inputs).compile()
         np.testing.assert_allclose(run(sharded, inputs), forward(dit, inputs), atol=1e-5)
     alone = forward.lower(dit, inputs).compile()
-    assert run.cost_analysis()["flops"] < alone.cost_analysis()["flops"] / 4
+    assert run.cost_analysis()["flops"] < 0.2 * alone.cost_analysis()["flops"]
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)

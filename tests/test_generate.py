@@ -13,9 +13,11 @@ import pytest
 import wan_jax
 from wan_jax import pipeline
 from wan_jax.conditions import Condition
-from wan_jax.errors import CheckpointError, InputError
+from wan_jax.errors import CheckpointError, InputError, NonFiniteError
 from wan_jax.media import read_settings
 from wan_jax.request import from_settings, resolve
+from wan_jax.sampling.resume import Resume
+from wan_jax.sampling.sampler import start
 from wan_jax.weights.convert import export_folder, import_folder
 from wan_jax.weights.writers import write_safetensors
 
@@ -245,6 +247,28 @@ def test_an_interrupted_call_continues(t2v, clip, tmp_path):
     assert steps == [2, 1, 2]  # the first clip had one step behind it
     assert np.array_equal(clips[1].video, clip.video) and not state.exists()
     assert np.array_equal(clips[0].video, wan_jax.generate(t2v, **OPTIONS, seed=1).video)
+
+
+def test_a_state_in_mid_step_is_not_saved(tmp_path):
+    """A second Ctrl-C stops while a program owns the buffers of one clip; the others are kept."""
+    path, running, done = tmp_path / "new" / "state.safetensors", start(jnp.zeros(3)), start(jnp.ones(3))
+    with pytest.raises(KeyboardInterrupt), Resume(path, [{"seed": 0}, {"seed": 1}]) as resume:
+        resume.states = {0: (4, running), 1: (8, done)}
+        running.sample.delete()
+        raise KeyboardInterrupt
+    with pytest.raises(CheckpointError, match="number of clips"), Resume(path, [{"seed": 0}]):
+        pass
+    with Resume(path, [{"seed": 0}, {"seed": 1}]) as resume:
+        assert list(resume.states) == [1] and resume.states[1][0] == 8
+        np.testing.assert_array_equal(resume.states[1][1].sample, np.ones(3))
+    assert not path.exists()
+
+
+def test_a_sample_that_is_not_finite_is_named(t2v, tmp_path):
+    with pytest.raises(NonFiniteError, match=r"sampling step 1 of 2 \(timestep 999\) gave NaN or infinity"):
+        noise = np.full((1, 2, 4, 4, 16), np.inf, np.float32)
+        wan_jax.generate(t2v, **OPTIONS, noise=noise, resume_file=tmp_path / "state.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

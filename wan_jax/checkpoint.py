@@ -14,7 +14,7 @@ from wan_jax.parallel import param_sharding
 
 # Arrays are stored in chunks of at most this many bytes, so that a shard reads little more than its own part.
 CHUNK_BYTES = 64 << 20
-# Arrays restored at once: one, or small ones up to this many bytes together. Orbax holds each of them up to three times.
+# Arrays restored at once: one, or small ones of this many bytes together. Orbax holds each up to three times.
 GROUP_BYTES = 256 << 20
 
 
@@ -36,8 +36,9 @@ def flatten_params(tree: Any) -> dict[str, Any]:
 def unflatten_like(tree: Any, flat: Mapping[str, Any]) -> Any:
     """The module ``tree`` with its leaves taken from ``flat``, which must hold exactly its paths."""
     paths = list(flatten_params(tree))
-    if set(paths) != set(flat):
-        raise CheckpointError(f"paths differ: missing {sorted(set(paths) - set(flat))}, extra {sorted(set(flat) - set(paths))}")
+    missing, extra = sorted(set(paths) - set(flat)), sorted(set(flat) - set(paths))
+    if missing or extra:
+        raise CheckpointError(f"paths differ: missing {missing}, extra {extra}")
     return jax.tree.unflatten(jax.tree.structure(tree), [flat[path] for path in paths])
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,12 +16,15 @@ import numpy as np
 
 from wan_jax.checkpoint import save_params
 from wan_jax.config import MODELS, CLIPConfig, DiTConfig, ModelSpec, UMT5Config
-from wan_jax.errors import CheckpointError, InputError
+from wan_jax.errors import InputError
 from wan_jax.model import Model, build
 from wan_jax.weights import layouts
 from wan_jax.weights.engine import Coverage, check, export
 from wan_jax.weights.maps import clip, dit, umt5, vae
 from wan_jax.weights.writers import write_pth, write_sharded_safetensors
+
+# Distinct values of a random tensor, which a larger one repeats. A prime: no two rows of a matrix are then equal.
+NUM_VALUES = 1_000_003
 
 Say = Callable[[str], None]
 Tensors = Iterable[tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]
@@ -205,7 +210,8 @@ def random_folder(
 ) -> None:  # fmt: skip
     """Write random weights in a published layout: for demonstrations, benchmarks and tests of the loading code.
 
-    Tensors are made one at a time, so a checkpoint of any size can be written. Pictures made with it are noise.
+    Tensors are made one at a time, so a checkpoint of any size can be written; large ones repeat their values, which
+    makes that as fast as the disk. Pictures made with it are noise.
 
     Args:
         dtypes: per network; default float32, the text encoder bfloat16 as in the official files.
@@ -219,7 +225,7 @@ def random_folder(
         rows = layouts.table(part, layouts.network_config(spec, part))
         for name, dims, _, _ in export(shape, rows, layout=layout):
             dtype = np.dtype(dtypes.get(part, jnp.float32))
-            yield name, dims, dtype, lambda name=name, dims=dims, dtype=dtype: _random(rng, name, dims).astype(dtype)
+            yield name, dims, dtype, functools.partial(_random, rng, name, dims, dtype)
 
     write_folder(spec, target, layout, layouts.spec_parts(spec), tensors, say)
     folder = layouts.TOKENIZER_OFFICIAL if layout == "official" else layouts.DIFFUSERS_FOLDERS["tokenizer"]
@@ -227,13 +233,15 @@ def random_folder(
 
 
 
-def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Values of a plausible size: 1 for norms, 0.02 for biases and tables, 1 / sqrt(fan in) for matrices and convolutions."""
+def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Values of a plausible size: 1 for norms, 0.02 for biases and tables, else 1 / sqrt(fan in)."""
+    x = rng.standard_normal(min(math.prod(shape), NUM_VALUES), np.float32)
     if len(shape) < 2 or name.endswith(("gamma", "modulation", "scale_shift_table")):
         centre = 1.0 if ("norm" in name and name.endswith("weight")) or name.endswith("gamma") else 0.0
-        return centre + 0.02 * rng.standard_normal(shape, np.float32)
-    fan_in = int(np.prod(shape[1:]))
-    return rng.standard_normal(shape, np.float32) * np.float32(fan_in**-0.5)
+        x = centre + 0.02 * x
+    else:
+        x *= np.float32(math.prod(shape[1:]) ** -0.5)
+    return np.resize(x.astype(dtype), shape)
 
 
 def tiny_tokenizer(vocab_size: int) -> Callable[[Path], None]:
@@ -244,7 +252,8 @@ def tiny_tokenizer(vocab_size: int) -> Callable[[Path], None]:
 
         pieces = ["<pad>", "</s>", "<unk>", "\u2581", *map(chr, range(ord("!"), ord("~") + 1))]
         tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces[:vocab_size]], unk_id=2))
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+        words = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
         tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(folder / "tokenizer.json"))

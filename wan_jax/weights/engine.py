@@ -29,7 +29,7 @@ Array = np.ndarray
 
 # Tensors read at once; each holds its mapped pages in memory meanwhile.
 READ_THREADS = min(4, os.cpu_count() or 1)
-# Of the source, cast and turned at once: large enough for whole cache lines on both sides, small enough to stay in cache.
+# Of the source, cast and turned at once: whole cache lines on both sides, yet it stays in the cache between.
 TILE_BYTES = 4 << 20
 _ALIGNMENT = 64  # bytes; what XLA:CPU asks of a buffer that it does not copy
 
@@ -38,9 +38,9 @@ class Row(NamedTuple):
     """One module: our path, how its arrays are laid out, and its name in the two published layouts.
 
     ``{i}`` in a source name runs over the layer axis of a stacked module. A tuple of names is concatenated along the
-    output axis (Hugging Face keeps q, k, v apart where the official file fuses them); an empty tuple says that the layout
-    has no such array. ``shape`` gives the source shape in each layout where ours does not determine it (singleton axes,
-    patches); one entry may be -1.
+    output axis (Hugging Face keeps q, k, v apart where the official file fuses them); an empty tuple says that the
+    layout has no such array. ``shape`` gives the source shape in each layout where ours does not determine it
+    (singleton axes, patches); one entry may be -1.
     """
 
     path: str
@@ -141,7 +141,8 @@ def plan(abstract: Any, rows: Iterable[Row], layout: str) -> tuple[dict[str, Lea
                 for i in layers
                 for part, name in enumerate(names)
             ]
-            leaves[path] = Leaf(path, shape, dtype, transform, pieces, row.source_shape(layout) if ours != "bias" else None)
+            source_shape = row.source_shape(layout) if ours != "bias" else None
+            leaves[path] = Leaf(path, shape, dtype, transform, pieces, source_shape)
         if not found:
             faults.append(f"{row.path}: in the table, not in the model")
     faults += [f"{path}: in the model, without a row in the table" for path in shapes.keys() - leaves.keys()]
@@ -158,8 +159,9 @@ class Coverage:
 
     def raise_faults(self, what: str) -> None:
         if self.faults:
-            shown = self.faults[:40] + ([f"... and {len(self.faults) - 40} more"] if len(self.faults) > 40 else [])
-            raise CheckpointError(f"{what} does not fit the model ({len(self.faults)} faults):\n  " + "\n  ".join(shown))
+            count = len(self.faults)
+            shown = self.faults[:40] + [f"... and {count - 40} more"] * (count > 40)
+            raise CheckpointError(f"{what} does not fit the model ({count} faults):\n  " + "\n  ".join(shown))
 
 
 def check(

@@ -1,0 +1,65 @@
+"""The README: its table of models is the one in the code, its links lead somewhere, its Python runs."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import numpy as np
+
+import wan_jax
+from wan_jax.cli.models import describe
+from wan_jax.config import MODELS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_table_of_models():
+    lines = [line for line in README.splitlines() if line.startswith("| `wan2")]
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines]
+    expected = []
+    for spec in MODELS.values():
+        about = describe(spec)
+        about |= {"sizes": " ".join(about["sizes"]), "memory_bf16_gb": f"{about['memory_bf16_gb']} GB"}
+        about.pop("memory_int8_gb")
+        expected.append([str(value) for value in about.values()])
+    assert rows == expected
+
+
+def test_paths_exist():
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    mapped = re.findall(r"^\| ((?:`[\w/.]+` ?)+) \|", README[README.index("## Map") :], re.M)
+    paths = {link for link in links if link}
+    for names in mapped:
+        folder = ""
+        for name in re.findall(r"`([^`]+)`", names):  # later names of a row are in the folder of the first
+            paths.add(path := name if "/" in name else folder + name)
+            folder = path[: path.rindex("/") + 1] if path.startswith("wan_jax/") else ""
+    assert len(paths) > 15
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    titles = re.findall(r"^## (.*)$", README, re.M)
+    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
+
+
+def test_python_runs(tiny_folder, tmp_path, monkeypatch):
+    """Every block in one session, as a reader would, with a tiny model in place of the published one."""
+    monkeypatch.chdir(tmp_path)
+    load, generate = wan_jax.load, wan_jax.generate
+
+    def tiny(name: str, **options) -> wan_jax.Model:
+        assert name in MODELS
+        return load(tiny_folder("t2v"), **options)
+
+    monkeypatch.setattr(wan_jax, "load", tiny, raising=False)
+    small = functools.partial(generate, size=(32, 32), num_frames=5, num_steps=2, progress=False)
+    monkeypatch.setattr(wan_jax, "generate", small, raising=False)
+    session: dict = {}
+    for block in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S):
+        if "make_mesh" not in block:  # needs eight devices; its result is tested in test_generate
+            exec(compile(block, "README.md", "exec"), session)
+    assert Path("clip.mp4").exists()
+    assert session["velocity"].shape == session["noise"].shape
+    assert session["video"].shape == (5, 32, 32, 3) and session["video"].dtype == np.uint8
