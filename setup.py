@@ -19,7 +19,7 @@ CORE = [
     "sentencepiece",
     "tokenizers",
     "ftfy",
-    "huggingface_hub",
+    "huggingface_hub>=2",
     "tqdm",
 ]
 TEST = ["pytest", "pytest-xdist", "ruff", "ml_collections", "nbmake", "ipykernel"]

@@ -2,8 +2,8 @@
 
     python benchmarks/dit_cpu.py                 # dim 512, 8 layers, 1,000 tokens, text 512 x 4096, float32
 
-Prints process CPU seconds per forward (median of --repeats after a warm-up), their ratio, and the relative difference of
-the outputs. The process pins itself to one core before either library starts its threads. Needs the extra `oracle`.
+Prints process CPU seconds per forward (median of --repeats after a warm-up), their ratio, and the relative difference
+of the outputs. The process pins itself to one core before either library starts its threads. Needs the extra `oracle`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
     from wan_jax.checkpoint import abstract
     from wan_jax.config import DiTConfig
     from wan_jax.models.dit import DiT
-    from wan_jax.nn.stack import compiler_options
+    from wan_jax.parallel import compiler_options
     from wan_jax.weights.engine import fill
     from wan_jax.weights.maps import dit as dit_map
 
@@ -72,10 +72,14 @@ def main() -> None:
             forward()
             seconds.setdefault(name, []).append(time.process_time() - begin)
     error = np.linalg.norm(outputs["wan_jax"] - outputs["diffusers"]) / np.linalg.norm(outputs["diffusers"])
-    print(f"dim {args.dim}, {args.layers} layers, {frames * rows * columns} tokens, text 512 x 4096, float32, core {core}")
+    print(
+        f"dim {args.dim}, {args.layers} layers, {frames * rows * columns} tokens, text 512 x 4096, float32, core {core}"
+    )
     print(f"jax {jax.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}")
     for name, values in seconds.items():
-        print(f"{name:10s} {statistics.median(values):.3f} CPU s per forward (min {min(values):.3f}, max {max(values):.3f})")
+        print(
+            f"{name:10s} {statistics.median(values):.3f} CPU s per forward ({min(values):.3f} to {max(values):.3f})"
+        )
     ratio = statistics.median(seconds["wan_jax"]) / statistics.median(seconds["diffusers"])
     print(f"ratio wan_jax / diffusers {ratio:.3f}; relative difference of outputs {error:.1e}")
 

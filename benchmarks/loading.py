@@ -52,7 +52,7 @@ def measure(folder: str) -> None:
 
 def make(official: Path, with_text_encoder: bool, name: str) -> None:
     from wan_jax.config import find_model
-    from wan_jax.weights.convert import random_folder, tiny_spec
+    from wan_jax.conversion import random_folder, tiny_spec
 
     spec = find_model(name)
     if not with_text_encoder:

@@ -19,7 +19,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """kind -> folder of a tiny random checkpoint in the official layout, written on first use. Not to be changed."""
-    from wan_jax.weights.convert import random_folder, tiny_spec
+    from wan_jax.conversion import random_folder, tiny_spec
 
     root = tmp_path_factory.mktemp("tiny")
 

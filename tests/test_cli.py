@@ -414,7 +414,7 @@ def test_a_full_disk_is_exit_code_1(capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device", "x")
 
-    monkeypatch.setattr("wan_jax.weights.convert.write_folder", full)
+    monkeypatch.setattr("wan_jax.conversion.write_folder", full)
     code, said = refuse(capsys, "convert", "random", "x", "--tiny", "t2v")
     assert code == 1 and "No space left on device" in said
 

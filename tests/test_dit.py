@@ -25,8 +25,7 @@ from wan_jax.model import build, load
 from wan_jax.models import dit as dit_module
 from wan_jax.models.dit import DiT
 from wan_jax.models.umt5 import UMT5
-from wan_jax.nn.stack import compiler_options
-from wan_jax.parallel import make_mesh, param_sharding, use_mesh
+from wan_jax.parallel import compiler_options, make_mesh, param_sharding, use_mesh
 from wan_jax.pipeline import denoise, dit_velocity, encode, noise
 from wan_jax.request import resolve
 from wan_jax.sampling.sampler import Steps, make_steps, run_segment, sample, start

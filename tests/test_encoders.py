@@ -18,8 +18,7 @@ from wan_jax.config import CLIPConfig, UMT5Config
 from wan_jax.models.clip import CLIPVision, preprocess
 from wan_jax.models.umt5 import UMT5, relative_buckets
 from wan_jax.nn.resize import bicubic_resize
-from wan_jax.nn.stack import compiler_options
-from wan_jax.parallel import make_mesh, param_sharding, use_mesh
+from wan_jax.parallel import compiler_options, make_mesh, param_sharding, use_mesh
 from wan_jax.weights.engine import check, export, fill
 from wan_jax.weights.maps import clip as clip_map
 from wan_jax.weights.maps import umt5 as umt5_map

@@ -13,12 +13,12 @@ import pytest
 import wan_jax
 from wan_jax import pipeline
 from wan_jax.conditions import Condition
+from wan_jax.conversion import export_folder, import_folder
 from wan_jax.errors import CheckpointError, InputError, NonFiniteError
 from wan_jax.media import read_settings
 from wan_jax.request import from_settings, resolve
-from wan_jax.sampling.resume import Resume
+from wan_jax.resume import Resume
 from wan_jax.sampling.sampler import start
-from wan_jax.weights.convert import export_folder, import_folder
 from wan_jax.weights.writers import write_safetensors
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)

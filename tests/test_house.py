@@ -37,14 +37,14 @@ MAY_IMPORT = {
     "media": "config ffmpeg",
     "text": "config",
     "weights": "config parallel models checkpoint",
-    "sampling": "config parallel nn.stack",  # given a velocity function; of nn only the compiler's options
-    "sampling.resume": "sampling weights.readers weights.writers",  # the saved state is a safetensors file
+    "sampling": "config parallel",  # it is given a velocity function
+    "resume": "sampling weights",  # the saved state is a safetensors file
     "request": "config sampling",
     "model": "config parallel models checkpoint text weights",
     "conditions": "config parallel nn models media sampling",
-    "pipeline": "wan_jax parallel nn models model media request conditions sampling sampling.resume weights",
-    "weights.convert": "config checkpoint model weights",  # whole models, from layout to layout
-    "cli": "wan_jax config parallel media request model pipeline weights weights.convert",
+    "pipeline": "wan_jax parallel nn models model media request conditions sampling resume weights",
+    "conversion": "config checkpoint model weights",  # whole models, from layout to layout
+    "cli": "wan_jax config parallel media request model pipeline weights conversion",
 }
 FOREIGN = {"torch", "transformers", "diffusers", "tensorflow", "convert", "configs", "benchmarks", "tests"}
 
@@ -100,11 +100,11 @@ def may_import(importer: str, imported: str) -> bool:
     [
         ("models.dit", "nn.layers.Linear", True),
         ("nn.layers", "models.dit.DiT", False),
-        ("sampling.sampler", "nn.stack", True),
+        ("sampling.sampler", "parallel.compiler_options", True),
         ("sampling.sampler", "nn.layers.Linear", False),
         ("sampling.sampler", "weights.readers.open_checkpoint", False),
         ("weights.engine", "model.load", False),
-        ("model", "weights.convert.check_folder", False),
+        ("model", "conversion.check_folder", False),
         ("config", "__version__", False),
     ],
 )

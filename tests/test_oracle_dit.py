@@ -15,16 +15,16 @@ from tests.parity.common import to_last
 from wan_jax.checkpoint import abstract, flatten_params
 from wan_jax.conditions import encode_image
 from wan_jax.config import MODELS, DiTConfig
+from wan_jax.conversion import export_folder
 from wan_jax.model import Model, build, load
 from wan_jax.models.clip import preprocess
 from wan_jax.models.dit import DiT
-from wan_jax.nn.stack import compiler_options
+from wan_jax.parallel import compiler_options
 from wan_jax.pipeline import denoise, encode, latent_shape
 from wan_jax.request import resolve
 from wan_jax.sampling.sampler import make_steps, sample, start
 from wan_jax.sampling.schedule import make_schedule
 from wan_jax.weights import layouts
-from wan_jax.weights.convert import export_folder
 from wan_jax.weights.engine import fill
 from wan_jax.weights.maps import dit as dit_map
 

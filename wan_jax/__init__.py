@@ -26,13 +26,15 @@ _PUBLIC = {
 }
 __all__ = ["__version__", *_PUBLIC]
 
-if TYPE_CHECKING:
-    from wan_jax.config import MODELS, find_model
-    from wan_jax.errors import WanError
-    from wan_jax.media import Clip
-    from wan_jax.model import Model, load
-    from wan_jax.parallel import make_mesh
-    from wan_jax.pipeline import generate
+if TYPE_CHECKING:  # what editors and type checkers see
+    from wan_jax.config import MODELS as MODELS
+    from wan_jax.config import find_model as find_model
+    from wan_jax.errors import WanError as WanError
+    from wan_jax.media import Clip as Clip
+    from wan_jax.model import Model as Model
+    from wan_jax.model import load as load
+    from wan_jax.parallel import make_mesh as make_mesh
+    from wan_jax.pipeline import generate as generate
 
 
 def __getattr__(name: str) -> Any:

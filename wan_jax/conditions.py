@@ -15,7 +15,7 @@ import numpy as np
 from wan_jax.media import to_unit
 from wan_jax.models.clip import preprocess
 from wan_jax.nn.resize import bicubic_resize
-from wan_jax.nn.stack import compiler_options
+from wan_jax.parallel import compiler_options
 from wan_jax.sampling.sampler import Pin
 
 Array = jax.Array
@@ -44,7 +44,7 @@ def _zero_padding(features: Array, mask: Array) -> Array:
 
 
 def encode_text(encoder: Any, ids: np.ndarray, mask: np.ndarray) -> Array:
-    """umT5 features [G, S, C], zero where there is no token: the DiT was trained on zero rows, not on encoded padding."""
+    """umT5 features [G, S, C], zero where there is no token: the DiT was trained on zero rows, not encoded padding."""
     run = _jit("text", lambda encoder, ids, mask: encoder(ids, mask))
     rows = [run(encoder, ids[i : i + 1], mask[i : i + 1]) for i in range(len(ids))]  # one by one: half the memory
     return _zero_padding(jnp.concatenate(rows), mask)
@@ -61,13 +61,13 @@ def _jit(name: str, function: Any) -> Any:
 
 
 def encode_image(encoder: Any, pictures: list[np.ndarray]) -> Array:
-    """CLIP tokens [1, I, C] of one picture, or of the first and the last one after another; uint8 [H, W, 3] each."""
+    """CLIP tokens [1, I, C] of one picture, or of the first and the last in turn; uint8 [H, W, 3] each."""
     run = _jit("image", lambda encoder, image: encoder(preprocess(image, encoder.cfg.image_size)))
     return jnp.concatenate([run(encoder, to_unit(picture)[None]) for picture in pictures], axis=1)
 
 
 def frame_mask(known: Mapping[int, Any] | set[int], num_frames: int, stride: int) -> np.ndarray:
-    """[t, stride] float32: channel c of latent frame k tells whether video frame ``stride * k - stride + 1 + c`` is known.
+    """[t, stride] float32: channel c of latent frame k tells if video frame ``stride * k - stride + 1 + c`` is known.
 
     All channels of latent frame 0 speak of frame 0.
     """

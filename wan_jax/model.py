@@ -18,7 +18,7 @@ from flax import nnx
 
 from wan_jax.checkpoint import abstract, restore_params
 from wan_jax.config import ModelSpec, find_model
-from wan_jax.errors import CheckpointError, InputError
+from wan_jax.errors import InputError
 from wan_jax.models.clip import CLIPVision
 from wan_jax.models.dit import DiT
 from wan_jax.models.umt5 import UMT5

@@ -22,8 +22,14 @@ from wan_jax.errors import InputError, WanError, nearest
 
 MESH_AXES = ("data", "fsdp", "seq", "tensor")
 
-# Logical axis -> mesh axes. Weights: the contracted width is cut by fsdp, the wide side by tensor.
-WEIGHT_AXES: dict[str | None, str | None] = {"layer": None, "in": "fsdp", "out": "tensor", "vocab": "tensor", None: None}
+# Logical axis -> mesh axis. The contracted width of a weight is cut by fsdp, the wide side by tensor.
+WEIGHT_AXES: dict[str | None, str | None] = {
+    "layer": None,
+    "in": "fsdp",
+    "out": "tensor",
+    "vocab": "tensor",
+    None: None,
+}
 # Activations at block borders. Tokens and picture rows follow fsdp too, so that an fsdp-only mesh shares the work.
 ACTIVATION_AXES: dict[str | None, tuple[str, ...]] = {
     "B": ("data",), "L": ("fsdp", "seq"), "H": ("fsdp", "seq"), "N": ("tensor",), None: (),
@@ -83,7 +89,9 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Devic
         sizes[open_axes[0]] = len(devices) // fixed
     shape = tuple(sizes[name] for name in MESH_AXES)
     if int(np.prod(shape)) != len(devices):
-        raise InputError(f"mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {np.prod(shape)} devices, found {len(devices)}")
+        raise InputError(
+            f"mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {np.prod(shape)} devices, found {len(devices)}"
+        )
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -132,7 +140,9 @@ def param_sharding(network: str, path: str, shape: Sequence[int], mesh: Mesh) ->
         if re.fullmatch(pattern, path):
             axes = axes or (None,) * len(shape)
             if len(axes) != len(shape):
-                raise WanError(f"sharding rule {pattern!r} has {len(axes)} axes, {network} {path} has shape {tuple(shape)}")
+                raise WanError(
+                    f"sharding rule {pattern!r} has {len(axes)} axes, {network} {path} has shape {tuple(shape)}"
+                )
             return NamedSharding(mesh, _spec(shape, [WEIGHT_AXES[a] for a in axes], dict(mesh.shape)))
     raise WanError(f"no sharding rule for {network} parameter {path}: add one to wan_jax.parallel.RULES")
 
@@ -157,3 +167,15 @@ def memory_budget(mesh: Mesh | None) -> int:
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] * len(devices)
     return free_host_memory() or 16 * 2**30  # unknown: assume a common laptop
+
+
+def compiler_options() -> dict[str, str]:
+    """Options for `jax.jit` of a program with a scanned stack.
+
+    XLA:CPU has no bfloat16 products: it converts the weights to float32 and hoists that conversion out of the scan,
+    which keeps a float32 copy of *all* layers alive. Without the hoisting pass only one layer is converted at a
+    time. Other platforms multiply bfloat16 directly and need nothing.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}

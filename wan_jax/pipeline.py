@@ -29,11 +29,10 @@ from wan_jax.errors import InputError, OutOfMemoryError
 from wan_jax.media import Clip, read_image
 from wan_jax.model import Model
 from wan_jax.models.vae import to_uint8
-from wan_jax.nn.stack import compiler_options
-from wan_jax.parallel import use_mesh
+from wan_jax.parallel import compiler_options, use_mesh
 from wan_jax.request import Request, array_hash, resolve
+from wan_jax.resume import Resume
 from wan_jax.sampling.guidance import expert_steps, guided
-from wan_jax.sampling.resume import Resume
 from wan_jax.sampling.sampler import Progress, Velocity, make_steps, sample, start
 from wan_jax.sampling.schedule import make_schedule
 from wan_jax.sampling.solvers import State

@@ -36,7 +36,10 @@ def dit_config(config: Mapping) -> DiTConfig:
     image = config.get("clip_tokens", 0)
     flf2v = config["model_type"] == "flf2v"
     return DiTConfig(
-        **{name: config[name] for name in ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim")},
+        **{
+            name: config[name]
+            for name in ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim")
+        },
         text_len=config["text_len"],
         freq_dim=config["freq_dim"],
         patch_size=tuple(config["patch_size"]),

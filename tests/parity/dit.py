@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.parity.common import build_dit, pad_rows, to_last
-from wan_jax.nn.stack import compiler_options
+from wan_jax.parallel import compiler_options
 
 
 def check_dit(config: dict, tensors: dict[str, np.ndarray]) -> None:

@@ -13,7 +13,7 @@ from wan_jax.checkpoint import abstract
 from wan_jax.config import CLIPConfig, UMT5Config
 from wan_jax.models.clip import CLIPVision, preprocess
 from wan_jax.models.umt5 import UMT5, relative_buckets
-from wan_jax.nn.stack import compiler_options
+from wan_jax.parallel import compiler_options
 from wan_jax.text import clean
 from wan_jax.weights.engine import fill
 from wan_jax.weights.maps import clip as clip_map

@@ -27,7 +27,9 @@ from wan_jax.weights.engine import fill
 def _build(part: str, make, cfg, tensors: dict[str, np.ndarray]):
     prefix = {"dit": "dit.", "vae": "vae.", "image_encoder": "clip."}[part]
     shape = abstract(lambda: make(cfg, rngs=nnx.Rngs(0)))
-    return fill(shape, layouts.table(part, cfg), params(tensors, prefix), network=part, ignore=layouts.ignored(part, "official"))
+    return fill(
+        shape, layouts.table(part, cfg), params(tensors, prefix), network=part, ignore=layouts.ignored(part, "official")
+    )
 
 
 def check_pipe(config: dict, tensors: dict[str, np.ndarray]) -> None:
@@ -81,7 +83,9 @@ def check_pipe(config: dict, tensors: dict[str, np.ndarray]) -> None:
         reference = to_last(tensors["out/unipc/trajectory"][i + 1])
         np.testing.assert_allclose(ours, reference, atol=2e-4, rtol=0, err_msg=f"step {i}")
     decoded = jax.jit(lambda vae, z: vae.decode_stream(z, finish=lambda x: jnp.clip(x, -1, 1)))(vae, state.sample)
-    np.testing.assert_allclose(np.asarray(decoded[0]), to_last(tensors["out/video"]), atol=5e-4, rtol=0, err_msg="video")
+    np.testing.assert_allclose(
+        np.asarray(decoded[0]), to_last(tensors["out/video"]), atol=5e-4, rtol=0, err_msg="video"
+    )
 
 
 RUNNERS = {"pipe_": check_pipe}

@@ -53,7 +53,9 @@ def check_e2e(config: dict, tensors: dict[str, np.ndarray]) -> None:
         if boundary is None:
             experts, scales = [(build_dit(config["dit"], tensors), high)], np.float32(config["guide_scale"])
         else:
-            np.testing.assert_array_equal(np.arange(len(schedule.timesteps)) < high, tensors[f"out_int/{name}/high_noise_used"])
+            np.testing.assert_array_equal(
+                np.arange(len(schedule.timesteps)) < high, tensors[f"out_int/{name}/high_noise_used"]
+            )
             np.testing.assert_array_equal(schedule.timesteps, tensors[f"out_int/{name}/timesteps"])
             experts = [
                 (build_dit(config["dit"], tensors, f"{part}_noise_model."), last)

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from wan_jax.weights.convert import check_folder
+    from wan_jax.conversion import check_folder
     from wan_jax.weights.hub import resolve
     from wan_jax.weights.layouts import locate, spec_parts
 
@@ -82,16 +82,16 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
+    from wan_jax.conversion import import_folder
     from wan_jax.model import load
-    from wan_jax.weights.convert import import_folder
 
     import_folder(load(args.source, dtype=args.dtype, offload=True, offline=args.offline or None), args.target)
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
+    from wan_jax.conversion import export_folder
     from wan_jax.model import load
-    from wan_jax.weights.convert import export_folder
 
     model = load(args.source, dtype=args.dtype, loras=args.lora, offload=True, offline=args.offline or None)
     export_folder(model, args.target, args.layout, parts=args.part)
@@ -100,7 +100,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def _random(args: argparse.Namespace) -> int:
     from wan_jax.config import find_model
-    from wan_jax.weights.convert import random_folder, tiny_spec
+    from wan_jax.conversion import random_folder, tiny_spec
 
     spec = tiny_spec(args.tiny) if args.tiny else find_model(args.model)
     random_folder(spec, args.target, layout=args.layout, seed=args.seed)

@@ -14,9 +14,8 @@ import numpy as np
 from flax import nnx
 
 from wan_jax.config import CLIPConfig
-from wan_jax.models.dit import patchify
 from wan_jax.nn.attention import attention
-from wan_jax.nn.layers import MLP, LayerNorm, Linear, gelu_erf, param
+from wan_jax.nn.layers import MLP, LayerNorm, Linear, gelu_erf, param, patchify
 from wan_jax.nn.resize import bicubic_resize
 from wan_jax.nn.stack import init_stack
 from wan_jax.parallel import constrain

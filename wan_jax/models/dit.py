@@ -15,7 +15,19 @@ from flax import nnx
 
 from wan_jax.config import DiTConfig
 from wan_jax.nn.attention import attention
-from wan_jax.nn.layers import MLP, LayerNorm, Linear, RMSNorm, gelu_erf, gelu_tanh, layer_norm, param, timestep_embedding
+from wan_jax.nn.layers import (
+    MLP,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    gelu_erf,
+    gelu_tanh,
+    layer_norm,
+    param,
+    patchify,
+    timestep_embedding,
+    unpatchify,
+)
 from wan_jax.nn.rope import rope_table, rotate
 from wan_jax.nn.stack import apply_stack, init_stack
 from wan_jax.parallel import constrain
@@ -50,7 +62,12 @@ class Attention(nnx.Module):
             self.k_img, self.v_img, self.norm_k_img = linear(), linear(), norm()
 
     def __call__(
-        self, x_BLD: Array, context_BSD: Array, *, rope: tuple[Array, Array] | None = None, image_BID: Array | None = None
+        self,
+        x_BLD: Array,
+        context_BSD: Array,
+        *,
+        rope: tuple[Array, Array] | None = None,
+        image_BID: Array | None = None,
     ) -> Array:
         dtype = self.q.kernel.dtype
         q, k = self.norm_q(self.q(x_BLD)), self.norm_k(self.k(context_BSD))
@@ -205,20 +222,3 @@ class DiT(nnx.Module):
         if not capture:
             return velocity
         return velocity, out | {"time_embedding": time_BED, "text_tokens": text, "image_tokens": image, "head": x}
-
-
-def patchify(x_BTHWC: Array, patch: tuple[int, int, int]) -> tuple[Array, tuple[int, int, int]]:
-    """Cut into patches: [B, L, pt*ph*pw*C] (channels fastest) and the grid of tokens."""
-    B, T, H, W, C = x_BTHWC.shape
-    pt, ph, pw = patch
-    grid = (T // pt, H // ph, W // pw)
-    x = x_BTHWC.reshape(B, grid[0], pt, grid[1], ph, grid[2], pw, C)
-    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(B, grid[0] * grid[1] * grid[2], pt * ph * pw * C), grid
-
-
-def unpatchify(x_BLC: Array, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Array:
-    """Inverse of `patchify`."""
-    B = x_BLC.shape[0]
-    (t, h, w), (pt, ph, pw) = grid, patch
-    x = x_BLC.reshape(B, t, h, w, pt, ph, pw, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
-    return x.reshape(B, t * pt, h * ph, w * pw, -1)

@@ -1,6 +1,6 @@
 """The shared layers. Declared as `flax.nnx` modules, run as plain pytrees.
 
-Axes: ``B`` batch, ``L`` tokens, ``D`` width, ``F`` MLP width.
+Axes: ``B`` batch, ``L`` tokens, ``D`` width, ``F`` MLP width, ``T H W C`` frames, rows, columns, channels.
 A `Linear` computes in the dtype of its own kernel; norms compute and return float32.
 """
 
@@ -16,7 +16,9 @@ from flax import nnx
 Array = jax.Array
 
 
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], dtype=jnp.float32, *, std: float = 0.0, fill: float = 0.0) -> nnx.Param:
+def param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], dtype=jnp.float32, *, std: float = 0.0, fill: float = 0.0
+) -> nnx.Param:
     """A parameter drawn from N(fill, std^2); constant when ``std`` is 0."""
     if std == 0.0:
         return nnx.Param(jnp.full(shape, fill, dtype))
@@ -111,3 +113,20 @@ def timestep_embedding(t: Array, dim: int) -> Array:
     signed = jax.lax.bitcast_convert_type(wrapped, jnp.int32).astype(jnp.float32) * 2.0**-32
     angle = 2 * np.pi * (signed + whole * rest + (t[..., None] - whole) * jnp.asarray(turns, jnp.float32))
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def patchify(x_BTHWC: Array, patch: tuple[int, int, int]) -> tuple[Array, tuple[int, int, int]]:
+    """Cut into patches: [B, L, pt*ph*pw*C] (channels fastest) and the grid of tokens."""
+    B, T, H, W, C = x_BTHWC.shape
+    pt, ph, pw = patch
+    grid = (T // pt, H // ph, W // pw)
+    x = x_BTHWC.reshape(B, grid[0], pt, grid[1], ph, grid[2], pw, C)
+    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(B, grid[0] * grid[1] * grid[2], pt * ph * pw * C), grid
+
+
+def unpatchify(x_BLC: Array, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Array:
+    """Inverse of `patchify`."""
+    B = x_BLC.shape[0]
+    (t, h, w), (pt, ph, pw) = grid, patch
+    x = x_BLC.reshape(B, t, h, w, pt, ph, pw, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(B, t * pt, h * ph, w * pw, -1)

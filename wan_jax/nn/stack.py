@@ -31,15 +31,3 @@ def apply_stack(
         return fn(block, x)
 
     return jax.lax.scan(jax.checkpoint(body) if remat else body, x, stack)
-
-
-def compiler_options() -> dict[str, str]:
-    """Options for `jax.jit` of a program with a scanned stack.
-
-    XLA:CPU has no bfloat16 products: it converts the weights to float32 and hoists that conversion out of the scan,
-    which keeps a float32 copy of *all* layers alive. Without the hoisting pass only one layer is converted at a
-    time. Other platforms multiply bfloat16 directly and need nothing.
-    """
-    if jax.default_backend() != "cpu":
-        return {}
-    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}

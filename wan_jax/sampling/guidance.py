@@ -20,7 +20,14 @@ Array = jax.Array
 MODES = ("batch", "sequential", "none")
 
 
-def guided(network: Callable[[Array, Array, Array], Array], sample: Array, timestep: Array, scale: Array, prompts: Any, mode: str) -> Array:
+def guided(
+    network: Callable[[Array, Array, Array], Array],
+    sample: Array,
+    timestep: Array,
+    scale: Array,
+    prompts: Any,
+    mode: str,
+) -> Array:
     """Velocity of ``sample`` [1, ...] under guidance.
 
     Args:

@@ -1,9 +1,9 @@
 """The denoising loop: a jitted `jax.lax.scan` over a *segment* of steps, given a velocity function.
 
-Solver state is the carry; noise levels, timesteps, guidance and every condition are arrays; only the length of a segment
-is static. Between segments the host reports progress, checks for NaN, honours Ctrl-C and may save the state. No host
-callback runs inside the compiled program: it would keep it out of the persistent compilation cache, and a Ctrl-C
-would wait for the whole scan.
+Solver state is the carry; noise levels, timesteps, guidance and every condition are arrays; only the length of a
+segment is static. Between segments the host reports progress, checks for NaN, honours Ctrl-C and may save the state.
+No host callback runs inside the compiled program: it would keep it out of the persistent compilation cache, and a
+Ctrl-C would wait for the whole scan.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wan_jax.errors import InputError, NonFiniteError
-from wan_jax.nn.stack import compiler_options
+from wan_jax.parallel import compiler_options
 from wan_jax.sampling.schedule import Schedule
 from wan_jax.sampling.solvers import Coefficients, State, coefficients, init_state, step
 
@@ -132,8 +132,8 @@ def sample(
             if not finite.all():
                 bad = first + int(np.argmin(finite))
                 raise NonFiniteError(
-                    f"sampling step {bad + 1} of {steps.num_steps} (timestep {steps.timestep[bad]:.0f}) gave NaN or infinity:"
-                    " try dtype float32, check the checkpoint (wan-jax convert check), or lower the guidance scale"
+                    f"sampling step {bad + 1} of {steps.num_steps} (timestep {steps.timestep[bad]:.0f}) gave NaN or"
+                    " infinity: try float32, check the weights (wan-jax convert check), or lower the guidance scale"
                 )
             seconds = (time.perf_counter() - begin) / (stop - first)
             first = stop

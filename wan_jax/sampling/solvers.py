@@ -1,9 +1,9 @@
 """UniPC, DPM-Solver++ 2M and Euler as one pure step function over a table of coefficients.
 
-All three are linear multistep methods: each step combines the current sample, the sample and the clean predictions of
-the steps before, with factors that depend on the noise levels alone. Those factors are computed on the host in
-float64, with every limit (sigma 1, sigma 0) taken there, and enter the compiled program as arrays: a new schedule, shift
-or solver never recompiles, and no logarithm of zero ever reaches the device.
+All three are linear multistep methods: each step combines the current sample, the sample and the clean predictions
+of the steps before, with factors that depend on the noise levels alone. Those factors are computed on the host in
+float64, with every limit (sigma 1, sigma 0) taken there, and enter the compiled program as arrays: a new schedule,
+shift or solver never recompiles, and no logarithm of zero ever reaches the device.
 
 Source: ``FlowUniPCMultistepScheduler`` (order 2, bh2, data prediction, lower_order_final) in
 wan/utils/fm_solvers_unipc.py; ``FlowDPMSolverMultistepScheduler`` (2M, midpoint) in wan/utils/fm_solvers.py. Papers:

@@ -54,7 +54,7 @@ class Files:
         return tuple(part for part in NETWORKS if part in self.parts and self.parts[part].exists())
 
     def require(self, *parts: str) -> None:
-        """Raise CheckpointError unless these parts are there; it names every one that is not, and where it was sought."""
+        """Raise CheckpointError unless these parts are there; it names each that is not, and where it was sought."""
         unknown = [part for part in parts if part not in self.parts]
         if unknown:
             known = ", ".join(self.parts)
@@ -186,7 +186,7 @@ def network_config(spec: ModelSpec, part: str) -> Any:
 
 
 def _find_spec(folder: Path, task: str, two: bool, dit_cfg: DiTConfig, found: Mapping[str, Any]) -> ModelSpec:
-    """The published model with these networks; for other widths, the defaults of the nearest kind with the folder's name.
+    """The published model with these networks; for other widths, the defaults of the nearest kind, named by the folder.
 
     Two published models with equal networks (I2V 480P and 720P) are told apart by the folder's name.
 

@@ -33,7 +33,10 @@ PREFIXES = ("diffusion_model.", "base_model.model.", "transformer.", "transforme
 KOHYA = re.compile(r"lora_unet__?")
 # suffix of a key -> what the tensor is
 SUFFIXES = (
-    (re.compile(r"(\.lora_A|\.lora_down|_lora\.down|\.lora\.down|\.lora_linear_layer\.down)(\.default)?(\.weight)?"), "down"),
+    (
+        re.compile(r"(\.lora_A|\.lora_down|_lora\.down|\.lora\.down|\.lora_linear_layer\.down)(\.default)?(\.weight)?"),
+        "down",
+    ),
     (re.compile(r"(\.lora_B|\.lora_up|_lora\.up|\.lora\.up|\.lora_linear_layer\.up)(\.default)?(\.weight)?"), "up"),
     (re.compile(r"\.alpha"), "alpha"),
     (re.compile(r"\.diff"), "diff"),
@@ -61,7 +64,7 @@ class Lora:
 
     @classmethod
     def open(cls, text: str) -> Lora:
-        """Read ``FILE``, ``FILE:strength`` or, for one expert of two, ``high=FILE:strength`` / ``low=FILE:strength``."""
+        """Read ``FILE``, ``FILE:strength`` or, for one expert of two, ``high=FILE:strength``, ``low=FILE:strength``."""
         expert, _, rest = text.partition("=") if text.startswith(("high=", "low=")) else ("", "", text)
         path, colon, strength = rest.rpartition(":")
         try:
@@ -80,7 +83,12 @@ class Lora:
 
     @classmethod
     def from_tensors(
-        cls, tensors: Mapping[str, np.ndarray], *, strength: float = 1.0, name: str = "adapter", metadata: Mapping[str, str] = {}
+        cls,
+        tensors: Mapping[str, np.ndarray],
+        *,
+        strength: float = 1.0,
+        name: str = "adapter",
+        metadata: Mapping[str, str] = {},
     ) -> Lora:
         """Parse tensors under the names found in files.
 
@@ -89,7 +97,9 @@ class Lora:
         """
         lora, faults = cls(name, strength, metadata_scale=_metadata_scale(metadata)), []
         for key, value in tensors.items():
-            match = next(((m, kind) for pattern, kind in SUFFIXES if (m := re.search(pattern.pattern + "$", key))), None)
+            match = next(
+                ((m, kind) for pattern, kind in SUFFIXES if (m := re.search(pattern.pattern + "$", key))), None
+            )
             if match is None:
                 faults.append(f"{key}: no known adapter suffix")
             elif not np.isfinite(np.asarray(value, np.float32)).all():
@@ -102,7 +112,9 @@ class Lora:
         for module, found in lora.modules.items():
             if ("up" in found) != ("down" in found):
                 faults.append(f"{module}: has {'up' if 'up' in found else 'down'} without its partner")
-            elif "up" in found and (found["down"].shape[0] != found["up"].shape[1] or found["down"].shape[0] > MAX_RANK):
+            elif "up" in found and (
+                found["down"].shape[0] != found["up"].shape[1] or found["down"].shape[0] > MAX_RANK
+            ):
                 shapes = f"down {found['down'].shape}, up {found['up'].shape}"
                 faults.append(f"{module}: {shapes}: ranks must agree and be at most {MAX_RANK}")
         _raise(f"adapter {name}", faults)
@@ -208,19 +220,25 @@ def merge(module: Any, lora: Lora, rows: Iterable[Row]) -> Any:
             changes.append((target, delta))
     _raise(f"adapter {lora.name}", faults)
     if dropped:
-        log.warning("adapter %s: dropped %d keys that this model has no place for, e.g. %s", lora.name, len(dropped), dropped[0])
+        log.warning(
+            "adapter %s: dropped %d keys that this model has no place for, e.g. %s", lora.name, len(dropped), dropped[0]
+        )
     log.info("adapter %s: %d changes matched, strength %g", lora.name, len(changes), lora.strength)
 
     values = dict(flatten_params(module))
     for (leaf, piece), (first, second, factor, source) in changes:
         first = jnp.asarray(first, jnp.float32)
-        delta = first * factor if second is None else _product(first, jnp.asarray(second, jnp.float32), jnp.float32(factor))
+        delta = (
+            first * factor if second is None else _product(first, jnp.asarray(second, jnp.float32), jnp.float32(factor))
+        )
         delta = delta.reshape(leaf.source_shape or source)
         if delta.ndim > 1:
             delta = leaf.transform.load(delta)
         shape = piece_shape(leaf)
         if piece.parts > 1:  # one third of a fused matrix
-            widths = [(0, 0)] * (len(shape) - 1) + [(piece.part * shape[-1], (piece.parts - piece.part - 1) * shape[-1])]
+            widths = [(0, 0)] * (len(shape) - 1) + [
+                (piece.part * shape[-1], (piece.parts - piece.part - 1) * shape[-1])
+            ]
             delta = jnp.pad(delta.reshape(shape), widths)
         target_shape = leaf.shape if piece.layer is None else leaf.shape[1:]
         values[leaf.path] = _add(values[leaf.path], piece.layer, delta.reshape(target_shape))

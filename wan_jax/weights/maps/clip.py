@@ -92,9 +92,7 @@ def config_from_diffusers(config: Mapping) -> CLIPConfig:
         CheckpointError: a tower with another activation than the exact GELU of ViT-H.
     """
     if config["hidden_act"] != "gelu":
-        raise CheckpointError(
-            f"image encoder with activation {config['hidden_act']!r}: expected 'gelu' (ViT-H/14)"
-        )
+        raise CheckpointError(f"image encoder with activation {config['hidden_act']!r}: expected 'gelu' (ViT-H/14)")
     return CLIPConfig(
         image_size=config["image_size"],
         patch_size=config["patch_size"],

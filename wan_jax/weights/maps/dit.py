@@ -15,7 +15,10 @@ _IMAGE_ATTENTION = (
     ("k_img", "linear", "add_k_proj"), ("v_img", "linear", "add_v_proj"), ("norm_k_img", "norm", "norm_added_k"),
 )  # fmt: skip
 
-IGNORE = {"official": [(r"freqs", "rotary table, recomputed")], "diffusers": [(r"rope\..*", "rotary table, recomputed")]}
+IGNORE = {
+    "official": [(r"freqs", "rotary table, recomputed")],
+    "diffusers": [(r"rope\..*", "rotary table, recomputed")],
+}
 
 
 def rows(cfg: DiTConfig) -> list[Row]:
@@ -112,7 +115,8 @@ def config_to_official(cfg: DiTConfig, task: str) -> dict:
 def config_to_diffusers(cfg: DiTConfig) -> dict:
     """The diffusers ``transformer/config.json`` of a configuration."""
     return {
-        "_class_name": "WanTransformer3DModel", "num_attention_heads": cfg.num_heads, "attention_head_dim": cfg.head_dim,
+        "_class_name": "WanTransformer3DModel",
+        "num_attention_heads": cfg.num_heads, "attention_head_dim": cfg.head_dim,
         "ffn_dim": cfg.ffn_dim, "num_layers": cfg.num_layers, "in_channels": cfg.in_dim, "out_channels": cfg.out_dim,
         "text_dim": cfg.text_dim, "freq_dim": cfg.freq_dim, "patch_size": list(cfg.patch_size), "eps": cfg.eps,
         "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024,

@@ -47,7 +47,7 @@ def check_folder(folder: str | Path) -> dict[str, Coverage]:
 
 
 def import_folder(model: Model, target: str | Path, say: Say = print) -> None:
-    """Write a model as Orbax checkpoints, one network at a time. The manifest comes last: without it nothing is there."""
+    """Write a model as Orbax checkpoints, one network at a time; the manifest last: without it nothing is there."""
     target = new_folder(target)
     for part in model.parts:
         say(f"{part}: reading {model.files.parts[part]}")
@@ -75,7 +75,13 @@ def new_folder(path: str | Path) -> Path:
 
 
 def export_folder(
-    model: Model, target: str | Path, layout: str, *, parts: Iterable[str] | None = None, dtype: Any = None, say: Say = print
+    model: Model,
+    target: str | Path,
+    layout: str,
+    *,
+    parts: Iterable[str] | None = None,
+    dtype: Any = None,
+    say: Say = print,
 ) -> None:
     """Write a model in the official or the diffusers layout, adapters merged.
 
@@ -128,7 +134,11 @@ def part_path(spec: ModelSpec, folder: Path, layout: str, part: str) -> Path:
         return folder / layouts.DIFFUSERS_FOLDERS[part]
     if part.startswith("dit"):
         return folder / layouts.EXPERT_FOLDERS[part] if spec.num_experts == 2 else folder
-    names = {"vae": f"Wan{spec.vae.version}_VAE.pth", "text_encoder": layouts.T5_FILE, "image_encoder": layouts.CLIP_FILE}
+    names = {
+        "vae": f"Wan{spec.vae.version}_VAE.pth",
+        "text_encoder": layouts.T5_FILE,
+        "image_encoder": layouts.CLIP_FILE,
+    }
     return folder / names[part]
 
 
@@ -136,7 +146,11 @@ def part_config(spec: ModelSpec, layout: str, part: str) -> dict[str, Any]:
     cfg = layouts.network_config(spec, part)
     if part.startswith("dit"):
         return dit.config_to_official(cfg, spec.task) if layout == "official" else dit.config_to_diffusers(cfg)
-    return {"vae": vae.config_to_diffusers, "text_encoder": umt5.config_to_diffusers, "image_encoder": clip.config_to_diffusers}[part](cfg)
+    return {
+        "vae": vae.config_to_diffusers,
+        "text_encoder": umt5.config_to_diffusers,
+        "image_encoder": clip.config_to_diffusers,
+    }[part](cfg)
 
 
 def _write_index(spec: ModelSpec, target: Path, parts: Iterable[str]) -> None:
@@ -205,8 +219,8 @@ def tiny_spec(kind: str) -> ModelSpec:
 
 
 def random_folder(
-    spec: ModelSpec, target: str | Path, *, layout: str = "official", dtypes: dict[str, Any] | None = None, seed: int = 0,
-    say: Say = print, write_tokenizer: Callable[[Path], None] | None = None,
+    spec: ModelSpec, target: str | Path, *, layout: str = "official", dtypes: dict[str, Any] | None = None,
+    seed: int = 0, say: Say = print, write_tokenizer: Callable[[Path], None] | None = None,
 ) -> None:  # fmt: skip
     """Write random weights in a published layout: for demonstrations, benchmarks and tests of the loading code.
 
@@ -230,7 +244,6 @@ def random_folder(
     write_folder(spec, target, layout, layouts.spec_parts(spec), tensors, say)
     folder = layouts.TOKENIZER_OFFICIAL if layout == "official" else layouts.DIFFUSERS_FOLDERS["tokenizer"]
     (write_tokenizer or tiny_tokenizer(spec.text.vocab_size))(Path(target) / folder)
-
 
 
 def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
