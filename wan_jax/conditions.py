@@ -20,6 +20,8 @@ from wan_jax.sampling.sampler import Pin
 
 Array = jax.Array
 
+TEXT_STEP = 128  # tokens; most prompts are shorter
+
 
 class Condition(NamedTuple):
     """Everything that steers one clip, as arrays.
@@ -38,16 +40,18 @@ class Condition(NamedTuple):
     pin: Pin | None = None
 
 
-@jax.jit
-def _zero_padding(features: Array, mask: Array) -> Array:
-    return jnp.where(mask[..., None] > 0, features, 0)
-
-
 def encode_text(encoder: Any, ids: np.ndarray, mask: np.ndarray) -> Array:
-    """umT5 features [G, S, C], zero where there is no token: the DiT was trained on zero rows, not encoded padding."""
-    run = _jit("text", lambda encoder, ids, mask: encoder(ids, mask))
-    rows = [run(encoder, ids[i : i + 1], mask[i : i + 1]) for i in range(len(ids))]  # one by one: half the memory
-    return _zero_padding(jnp.concatenate(rows), mask)
+    """umT5 features [G, S, C], zero where there is no token: the DiT was trained on zero rows, not on encoded padding.
+
+    Padding is not attended to, so a prompt is encoded at its own length, rounded up to spare compilations.
+    """
+    run = _jit("text", lambda encoder, ids, mask: jnp.where(mask[..., None] > 0, encoder(ids, mask), 0))
+    rows = []
+    for i in range(len(ids)):  # one by one: half the memory
+        length = min(ids.shape[1], -(-int(mask[i].sum()) // TEXT_STEP) * TEXT_STEP)
+        features = run(encoder, ids[i : i + 1, :length], mask[i : i + 1, :length])
+        rows.append(jnp.pad(features, ((0, 0), (0, ids.shape[1] - length), (0, 0))))
+    return jnp.concatenate(rows)
 
 
 _COMPILED: dict[str, Any] = {}

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,8 +122,11 @@ class Model:
 
     def release(self, *parts: str) -> None:
         """Free networks (all without arguments); they are read again when next used."""
-        for part in parts or tuple(self._networks):
-            self._networks.pop(part, None)
+        held = self._networks.keys() & (parts or self._networks.keys())
+        for part in held:
+            del self._networks[part]
+        if held:
+            gc.collect()  # host memory that JAX took over without a copy is given back only then
 
     def _load(self, part: str) -> Any:
         self.files.require(part)

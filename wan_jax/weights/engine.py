@@ -29,9 +29,8 @@ Array = np.ndarray
 
 # Tensors read at once; each holds its mapped pages in memory meanwhile.
 READ_THREADS = min(4, os.cpu_count() or 1)
-# Of the source, cast and turned at once: whole cache lines on both sides, yet it stays in the cache between.
-TILE_BYTES = 4 << 20
-_ALIGNMENT = 64  # bytes; what XLA:CPU asks of a buffer that it does not copy
+BUFFER_BYTES = 2 << 20  # of what is cast and turned at once; it stays in the cache between the two
+_ALIGNMENT = 64  # bytes: a line of the cache, and what XLA:CPU asks of a buffer that it does not copy
 
 
 class Row(NamedTuple):
@@ -237,15 +236,24 @@ def _empty(shape: Iterable[int], dtype: Any) -> Array:
 
 
 def _copy(out: Array, x: Array) -> None:
-    """``out[...] = x``, cast. Tiles are cast in the order of the source, then turned while still in the cache."""
-    if not x.ndim:
+    """``out[...] = x``, cast. Where axes change places, by way of a buffer in the order of the source.
+
+    Rows of the buffer are padded: columns of a matrix as wide as a power of two would all fall on the same few lines
+    of the cache, and turning it would take four times as long.
+    """
+    order = sorted(range(x.ndim), key=lambda axis: -x.strides[axis])
+    if order == list(range(x.ndim)):
         out[...] = x
         return
-    axis = int(np.argmax(x.strides))
-    rows = max(1, TILE_BYTES * x.shape[axis] // max(1, x.nbytes))
-    for start in range(0, x.shape[axis], rows):
-        tile = (slice(None),) * axis + (slice(start, start + rows),)
-        out[tile] = x[tile].astype(out.dtype, copy=False)
+    x, out = x.transpose(order), out.transpose(order)
+    width = math.prod(x.shape[1:])
+    rows = max(1, BUFFER_BYTES // (width * out.itemsize))
+    buffer = np.empty((rows, width + _ALIGNMENT // out.itemsize), out.dtype)[:, :width]
+    for start in range(0, len(x), rows):
+        part = x[start : start + rows]
+        turned = buffer[: len(part)].reshape(part.shape)
+        turned[...] = part
+        out[start : start + rows] = turned
 
 
 def _read(leaf: Leaf, source: Mapping[str, Any], bounds: tuple[tuple[int, int], ...]) -> Array:

@@ -28,7 +28,7 @@ from wan_jax.weights.lazy import (
 # A tensor costs about 40 opcodes and 250 bytes of pickle; official checkpoints hold up to 1,100 tensors.
 # Within these limits no pickle takes a second or 100 MB.
 _MAX_PICKLE_BYTES = 16_000_000
-_MAX_PICKLE_OPCODES = 500_000
+_MAX_PICKLE_OPCODES = 200_000
 
 
 @dataclass(frozen=True, slots=True)
