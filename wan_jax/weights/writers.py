@@ -136,7 +136,7 @@ def write_sharded_safetensors(
 
 
 def write_pth(path: str | os.PathLike[str], tensors: Tensors) -> None:
-    """Write a flat state dict as ``torch.save`` does; ``torch.load(path, weights_only=True)`` reads it.
+    """Write a flat state dict as ``torch.save`` does; PyTorch reads it with ``weights_only=True``.
 
     Arguments and errors as in :func:`write_safetensors`; the order is kept. Storages are aligned for mmap.
     """
