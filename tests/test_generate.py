@@ -249,6 +249,22 @@ def test_an_interrupted_call_continues(t2v, clip, tmp_path):
     assert np.array_equal(clips[0].video, wan_jax.generate(t2v, **OPTIONS, seed=1).video)
 
 
+def test_a_killed_run_continues(t2v, clip, tmp_path, monkeypatch):
+    """What is on disk while a run is under way is enough to finish it: a kill may come at any time."""
+    monkeypatch.setattr("wan_jax.resume.SAVE_SECONDS", -1)
+    state, copy, steps = tmp_path / "state.safetensors", tmp_path / "copy.safetensors", []
+
+    def keep(progress):
+        if progress.step == 1:
+            copy.write_bytes(state.read_bytes())
+
+    wan_jax.generate(t2v, **OPTIONS, callback=keep, resume_file=state)
+    assert not state.exists()
+    again = wan_jax.generate(t2v, **OPTIONS, callback=lambda p: steps.append(p.step), resume_file=copy)
+    assert steps == [2]
+    np.testing.assert_array_equal(again.video, clip.video)
+
+
 def test_a_state_in_mid_step_is_not_saved(tmp_path):
     """A second Ctrl-C stops while a program owns the buffers of one clip; the others are kept."""
     path, running, done = tmp_path / "new" / "state.safetensors", start(jnp.zeros(3)), start(jnp.ones(3))

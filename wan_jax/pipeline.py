@@ -232,7 +232,7 @@ def run(
         with stages("sampling"), _bar(request, resume, progress) as show:
 
             def update(i: int, now: Progress) -> None:
-                resume.states[i] = now.step, now.state
+                resume.update(i, now.step, now.state)
                 show()
                 if callback:
                     callback(now)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,31 @@ from wan_jax.weights.writers import write_safetensors
 
 log = logging.getLogger(__name__)
 
+SAVE_SECONDS = 60  # between two writes while all goes well: what a kill or a power cut can cost
+
 
 class Resume:
-    """States of the clips of one run. As a context it reads the file of an earlier run with the same settings; on
-    leaving it deletes the file after success, and writes it after Ctrl-C or an error.
+    """States of the clips of one run. As a context it reads the file of an earlier run with the same settings, writes
+    it now and then, and on leaving deletes it after success, or writes it after Ctrl-C or an error.
 
     Args:
         path: the file; None keeps nothing.
         settings: of every clip, JSON-ready; a file made with others is refused.
     Attributes:
-        states: index of the clip -> (steps done, solver state), kept up to date by the user of this class.
+        states: index of the clip -> (steps done, solver state).
     """
 
     def __init__(self, path: str | Path | None, settings: Sequence[dict[str, Any]]):
         self.path = None if path is None else Path(path)
         self.settings = list(settings)
         self.states: dict[int, tuple[int, State]] = {}
+        self._saved = time.monotonic()
+
+    def update(self, i: int, steps: int, state: State) -> None:
+        """Note how far clip ``i`` has come."""
+        self.states[i] = steps, state
+        if self.path and time.monotonic() - self._saved > SAVE_SECONDS:
+            self._save(self.path)
 
     def __enter__(self) -> Resume:
         """
@@ -50,16 +60,21 @@ class Resume:
         if error is None or isinstance(error, NonFiniteError):
             self.path.unlink(missing_ok=True)
             return
+        if self._save(self.path):
+            log.warning("state saved in %s: repeat with the same settings to continue", self.path)
+
+    def _save(self, path: Path) -> bool:
+        """Write what there is to write; a failure is only logged: it must not stop a run, nor hide what stopped it."""
+        self._saved = time.monotonic()
         # An interruption in mid-step leaves a state whose buffers were given to the program.
         kept = {i: run for i, run in self.states.items() if not any(x.is_deleted() for x in run[1])}
-        if not kept:
-            return
         try:
-            self._write(self.path, kept)
-        except (OSError, WanError) as fault:  # must not hide what stopped the run
+            if kept:
+                self._write(path, kept)
+        except (OSError, WanError) as fault:
             log.warning("the state of the sampler could not be saved: %s", fault)
-            return
-        log.warning("state saved in %s: repeat with the same settings to continue", self.path)
+            return False
+        return bool(kept)
 
     def _write(self, path: Path, states: dict[int, tuple[int, State]]) -> None:
         tensors = {f"{i}.{name}": np.asarray(x) for i, (_, s) in states.items() for name, x in s._asdict().items()}
