@@ -34,7 +34,7 @@ goldens: $(VENV)/.ready
 	$(PYTEST) -m goldens
 
 oracle: $(VENV)/.oracle
-	$(PYTEST) -m oracle
+	$(PYTEST) -m oracle -n 2
 
 bench: $(VENV)/.oracle
 	$(BIN)/python benchmarks/dit_cpu.py
