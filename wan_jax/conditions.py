@@ -45,7 +45,7 @@ def encode_text(encoder: Any, ids: np.ndarray, mask: np.ndarray) -> Array:
 
     Padding is not attended to, so a prompt is encoded at its own length, rounded up to spare compilations.
     """
-    run = _jit("text", lambda encoder, ids, mask: jnp.where(mask[..., None] > 0, encoder(ids, mask), 0))
+    run = compiled("text", lambda encoder, ids, mask: jnp.where(mask[..., None] > 0, encoder(ids, mask), 0))
     rows = []
     for i in range(len(ids)):  # one by one: half the memory
         length = min(ids.shape[1], -(-int(mask[i].sum()) // TEXT_STEP) * TEXT_STEP)
@@ -57,7 +57,7 @@ def encode_text(encoder: Any, ids: np.ndarray, mask: np.ndarray) -> Array:
 _COMPILED: dict[str, Any] = {}
 
 
-def _jit(name: str, function: Any) -> Any:
+def compiled(name: str, function: Any) -> Any:
     """One compiled program per stage. Options depend on the backend, which must not start at import."""
     if name not in _COMPILED:
         _COMPILED[name] = jax.jit(function, compiler_options=compiler_options())
@@ -66,7 +66,7 @@ def _jit(name: str, function: Any) -> Any:
 
 def encode_image(encoder: Any, pictures: list[np.ndarray]) -> Array:
     """CLIP tokens [1, I, C] of one picture, or of the first and the last in turn; uint8 [H, W, 3] each."""
-    run = _jit("image", lambda encoder, image: encoder(preprocess(image, encoder.cfg.image_size)))
+    run = compiled("image", lambda encoder, image: encoder(preprocess(image, encoder.cfg.image_size)))
     return jnp.concatenate([run(encoder, to_unit(picture)[None]) for picture in pictures], axis=1)
 
 
@@ -93,7 +93,7 @@ def video_condition(vae: Any, known: Mapping[int, Array], num_frames: int, heigh
 
     indices = sorted(known)
     # The index is static for a task (0, or 0 and the last), so it is part of the program's name.
-    run = _jit(f"condition {num_frames} {height} {width}", encode)
+    run = compiled(f"condition {num_frames} {height} {width}", encode)
     latents = run(vae, jnp.stack([known[i] for i in indices]), jnp.asarray(indices))
     mask = frame_mask(set(indices), num_frames, vae.cfg.temporal_stride)
     mask = jnp.broadcast_to(mask[None, :, None, None, :], (*latents.shape[:4], mask.shape[-1]))
@@ -122,7 +122,7 @@ def first_frame_latents(vae: Any, picture: np.ndarray, height: int, width: int) 
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     image = image.crop((left, top, left + width, top + height))
-    run = _jit("first frame", lambda vae, video: vae.encode(video))
+    run = compiled("first frame", lambda vae, video: vae.encode(video))
     return run(vae, jnp.asarray(to_unit(np.asarray(image)))[None, None])
 
 

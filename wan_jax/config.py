@@ -12,8 +12,10 @@ Sources: Wan2.1 and Wan2.2 repositories, ``wan/configs/*`` and the ``config.json
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, get_args, get_type_hints
 
 from wan_jax.errors import InputError, nearest
 
@@ -146,6 +148,111 @@ class CLIPConfig:
 
 
 @dataclass(frozen=True)
+class MelConfig:
+    """Log-mel front-end of the audio codec. Source: MMAudio ``mmaudio/ext/mel_converter.py``, the 16 kHz variant."""
+
+    sample_rate: int = 16000
+    n_fft: int = 1024  # also the length of the Hann window
+    hop: int = 256
+    num_bins: int = 80
+    fmin: float = 0.0
+    fmax: float = 8000.0
+    floor: float = 1e-5  # magnitudes below count as this; log10 follows
+
+
+@dataclass(frozen=True)
+class AudioVAEConfig:
+    """Mel-spectrogram autoencoder. Source: MMAudio ``mmaudio/ext/autoencoder/vae.py``, ``VAE_16k``."""
+
+    num_bins: int = 80
+    dim: int = 384
+    dim_mult: tuple[int, ...] = (1, 2, 4)
+    num_res_blocks: int = 2
+    z_dim: int = 20
+    down_levels: tuple[int, ...] = (0,)  # levels that end in a downsampling by two
+    clip: float = 256.0  # activations are held within +- this after each block
+
+    @property
+    def stride(self) -> int:
+        """Mel frames per latent."""
+        return 2 ** len(self.down_levels)
+
+
+@dataclass(frozen=True)
+class VocoderConfig:
+    """BigVGAN, mel to waveform. Source: MMAudio ``mmaudio/ext/bigvgan/bigvgan_vocoder.yml``."""
+
+    num_bins: int = 80
+    dim: int = 1536
+    rates: tuple[int, ...] = (4, 4, 2, 2, 2, 2)
+    kernels: tuple[int, ...] = (8, 8, 4, 4, 4, 4)
+    res_kernels: tuple[int, ...] = (3, 7, 11)
+    res_dilations: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
+
+
+@dataclass(frozen=True)
+class IdentityConfig:
+    """Adapter of the ``wan2.6`` family that shows the video stream who the references are.
+
+    Image-encoder tokens of each reference pass a resampler; every block of the video stream attends to the result.
+    """
+
+    feature_dim: int = 1280  # width of the image encoder's tokens
+    dim: int = 1024  # width of the resampler and of its tokens
+    num_tokens: int = 16  # per reference
+    num_layers: int = 2
+    num_heads: int = 16
+    max_references: int = 5
+
+
+@dataclass(frozen=True)
+class VoiceConfig:
+    """Adapter of the ``wan2.6`` family that lets the audio stream hear how the references speak.
+
+    A convolution and transformer encoder over the log-mel of each voice, beside explicit pitch, energy and speaking
+    rate, gives tokens that every block of the audio stream attends to.
+    """
+
+    mel: MelConfig = MelConfig()
+    dim: int = 512
+    num_tokens: int = 16  # per voice
+    num_layers: int = 4
+    num_heads: int = 8
+    max_references: int = 5
+
+
+@dataclass(frozen=True)
+class FusionConfig(DiTConfig):
+    """Twin-stream transformer: a video and an audio stream of equal blocks, coupled in each of them.
+
+    The inherited fields are the video stream's; widths, heads and depth are those of both. Source: Ovi
+    ``ovi/configs/model/dit/{video,audio}.json``; DreamID-Omni has the same networks.
+    """
+
+    audio_dim: int = 20  # channels of an audio latent
+    audio_kernel: int = 7  # of the convolutions of the audio stem
+    audio_rope_scale: float = 0.19676  # latent frames per audio latent, as trained
+    identity: IdentityConfig | None = None
+    voice: VoiceConfig | None = None
+
+    @property
+    def stem_dim(self) -> int:
+        """Hidden width of the gated convolution of the audio stem: 8/3 of the width, in steps of 256."""
+        return -(-(2 * 4 * self.dim // 3) // 256) * 256
+
+    def num_params(self) -> int:
+        """Parameters of both streams, without adapters, from the closed formula (checked against Ovi's count)."""
+        d, k = self.dim, self.audio_kernel
+        coupling = self.num_layers * (2 * (d * d + d) + 2 * d + d)
+        video_ends = (
+            self.patch_size[0] * self.patch_size[1] * self.patch_size[2] * (self.in_dim * d + self.out_dim * (d + 1))
+            + d
+        )
+        audio_ends = k * self.audio_dim * d + d + 3 * k * d * self.stem_dim + self.audio_dim * (d + 1)
+        return 2 * (super().num_params() - video_ends + coupling) + video_ends + audio_ends
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """One published model: its networks, where its files are, and the defaults it was released with.
 
@@ -246,6 +353,21 @@ MODELS: dict[str, ModelSpec] = {
         ),
     )
 }  # fmt: skip
+
+
+def from_json(kind: type, data: Mapping[str, Any]) -> Any:
+    """A configuration out of what `dataclasses.asdict` and JSON made of it; lists become tuples."""
+
+    def tuples(value: Any) -> Any:
+        return tuple(tuples(v) for v in value) if isinstance(value, list) else value
+
+    hints, values = get_type_hints(kind), {}
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            options = get_args(hints[name]) or (hints[name],)
+            value = from_json(FusionConfig if "audio_dim" in value else options[0], value)
+        values[name] = tuples(value)
+    return kind(**values)
 
 
 def find_model(name: str) -> ModelSpec:

@@ -32,7 +32,7 @@ from wan_jax.models.vae import to_uint8
 from wan_jax.parallel import compiler_options, use_mesh
 from wan_jax.request import Request, array_hash, resolve
 from wan_jax.resume import Resume
-from wan_jax.sampling.guidance import expert_steps, guided
+from wan_jax.sampling.guidance import classifier_free, expert_steps, guided
 from wan_jax.sampling.sampler import Progress, Velocity, make_steps, sample, start
 from wan_jax.sampling.schedule import make_schedule
 from wan_jax.sampling.solvers import State
@@ -64,7 +64,9 @@ def dit_velocity(guidance: str) -> Velocity:
                 token_time=condition.token_time,
             )
 
-        return guided(network, latents, timestep, scale, condition.text_GSC, guidance)
+        if guidance == "none":
+            return guided(network, latents, timestep, jnp.ones(1), condition.text_GSC[:1], guidance)
+        return guided(network, latents, timestep, classifier_free(scale), condition.text_GSC, guidance)
 
     return velocity
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -67,7 +68,7 @@ class Resume:
         """Write what there is to write; a failure is only logged: it must not stop a run, nor hide what stopped it."""
         self._saved = time.monotonic()
         # An interruption in mid-step leaves a state whose buffers were given to the program.
-        kept = {i: run for i, run in self.states.items() if not any(x.is_deleted() for x in run[1])}
+        kept = {i: run for i, run in self.states.items() if not any(x.is_deleted() for x in jax.tree.leaves(run[1]))}
         try:
             if kept:
                 self._write(path, kept)
@@ -77,7 +78,9 @@ class Resume:
         return bool(kept)
 
     def _write(self, path: Path, states: dict[int, tuple[int, State]]) -> None:
-        tensors = {f"{i}.{name}": np.asarray(x) for i, (_, s) in states.items() for name, x in s._asdict().items()}
+        tensors = {
+            f"{i}.{name}": np.asarray(x) for i, (_, s) in states.items() for name, x in _flatten(s._asdict()).items()
+        }
         done = {i: steps for i, (steps, _) in states.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(path, tensors, metadata={"settings": json.dumps(self.settings), "done": json.dumps(done)})
@@ -86,9 +89,9 @@ class Resume:
         try:
             with open_checkpoint(path) as file:
                 self._compare(path, json.loads(file.metadata["settings"]))
+                arrays = _unflatten({name: jnp.array(file[name].numpy()) for name in file})
                 return {
-                    int(i): (steps, State(*(jnp.array(file[f"{i}.{name}"].numpy()) for name in State._fields)))
-                    for i, steps in json.loads(file.metadata["done"]).items()
+                    int(i): (steps, State(**arrays[i])) for i, steps in json.loads(file.metadata["done"]).items()
                 }
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: not the saved state of a run ({error}): delete it to start anew") from error
@@ -104,3 +107,22 @@ class Resume:
             f"{path} is the saved state of a run with other settings ({what}): repeat those to continue it, delete it,"
             " or choose another output"
         )
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries to one, names joined by dots."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    parts = (_flatten(value, f"{prefix}.{name}" if prefix else name) for name, value in tree.items())
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *folders, leaf = name.split(".")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[leaf] = value
+    return tree

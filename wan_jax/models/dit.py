@@ -7,6 +7,8 @@ Source: ``wan/modules/model.py`` of both repositories; parameter names follow th
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,7 +30,7 @@ from wan_jax.nn.layers import (
     timestep_embedding,
     unpatchify,
 )
-from wan_jax.nn.rope import rope_table, rotate
+from wan_jax.nn.rope import Rope, rope_table, rotate
 from wan_jax.nn.stack import apply_stack, init_stack
 from wan_jax.parallel import constrain
 
@@ -66,55 +68,73 @@ class Attention(nnx.Module):
         x_BLD: Array,
         context_BSD: Array,
         *,
-        rope: tuple[Array, Array] | None = None,
+        rope: Rope | None = None,
         image_BID: Array | None = None,
     ) -> Array:
-        dtype = self.q.kernel.dtype
-        q, k = self.norm_q(self.q(x_BLD)), self.norm_k(self.k(context_BSD))
-        q, k, v = self._heads(q), self._heads(k), self._heads(self.v(context_BSD))
+        q = self.queries(x_BLD)
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        q = q.astype(dtype)
-        out = attention(q, k.astype(dtype), v)
+            q = rotate(q, rope)
+        out = self.attend(q, context_BSD, self.k, self.norm_k, self.v, rope)
         if image_BID is not None:
-            k_img = self._heads(self.norm_k_img(self.k_img(image_BID))).astype(dtype)
-            out = out + attention(q, k_img, self._heads(self.v_img(image_BID)))
+            out = out + self.attend(q, image_BID, self.k_img, self.norm_k_img, self.v_img)
         return self.o(out.reshape(x_BLD.shape))
+
+    def queries(self, x_BLD: Array) -> Array:
+        """Normalised queries [B, L, N, K], float32."""
+        return self._heads(self.norm_q(self.q(x_BLD)))
+
+    def attend(
+        self, q_BLNK: Array, source_BSD: Array, k: Linear, norm_k: RMSNorm, v: Linear, rope: Rope | None = None
+    ) -> Array:
+        """Attention to one source of keys and values; ``rope`` turns the keys."""
+        dtype = k.kernel.dtype
+        keys = self._heads(norm_k(k(source_BSD)))
+        if rope is not None:
+            keys = rotate(keys, rope)
+        return attention(q_BLNK.astype(dtype), keys.astype(dtype), self._heads(v(source_BSD)))
 
     def _heads(self, x_BLD: Array) -> Array:
         return x_BLD.reshape(*x_BLD.shape[:2], self.num_heads, -1)
 
 
 class Block(nnx.Module):
-    """Self-attention and MLP, both modulated and gated by the timestep; plain text cross-attention between them.
+    """Self-attention and MLP, both modulated and gated by the timestep; plain cross-attention between them.
 
     Modulation, norms, gates and the residual stream are float32. Source: WanAttentionBlock.
     """
 
-    def __init__(self, cfg: DiTConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, cfg: DiTConfig, cross_attn: Attention, *, dtype: Any, rngs: nnx.Rngs):
         self.self_attn = Attention(cfg, dtype=dtype, rngs=rngs)
         self.norm3 = LayerNorm(cfg.dim, eps=cfg.eps, rngs=rngs)  # the official number; norms 1 and 2 have no weights
-        self.cross_attn = Attention(cfg, image=cfg.image_tokens > 0, dtype=dtype, rngs=rngs)
+        self.cross_attn = cross_attn
         self.ffn = MLP(cfg.dim, cfg.ffn_dim, cfg.dim, act=gelu_tanh, dtype=dtype, rngs=rngs)
         self.modulation = param(rngs, (6, cfg.dim), std=cfg.dim**-0.5)
         self.eps = cfg.eps
 
-    def __call__(
-        self, x_BLD: Array, time_BE6D: Array, token_time: Array | None, text: Array, image: Array | None, rope: Any
-    ) -> tuple[Array, dict[str, Array]]:
+    def modulate(self, time_BE6D: Array, token_time: Array | None) -> tuple[Array, ...]:
+        """Shift, scale and gate of the self-attention, then of the MLP."""
         modulation = jnp.moveaxis(self.modulation[...] + time_BE6D, 2, 0)
-        shift1, scale1, gate1, shift2, scale2, gate2 = (select(m, token_time) for m in modulation)
+        return tuple(select(m, token_time) for m in modulation)
 
-        h = layer_norm(x_BLD, self.eps) * (1 + scale1) + shift1
-        self_attn = self.self_attn(h, h, rope=rope)
-        x_BLD = x_BLD + gate1 * self_attn
+    def attend_to_self(self, x_BLD: Array, modulation: tuple[Array, ...], rope: Rope) -> tuple[Array, Array]:
+        """The stream after self-attention, and what that added before the gate."""
+        shift, scale, gate = modulation[:3]
+        h = layer_norm(x_BLD, self.eps) * (1 + scale) + shift
+        out = self.self_attn(h, h, rope=rope)
+        return x_BLD + gate * out, out
 
+    def feed_forward(self, x_BLD: Array, modulation: tuple[Array, ...]) -> Array:
+        """The stream after the MLP."""
+        shift, scale, gate = modulation[3:]
+        return x_BLD + gate * self.ffn(layer_norm(x_BLD, self.eps) * (1 + scale) + shift)
+
+    def __call__(
+        self, x_BLD: Array, time_BE6D: Array, token_time: Array | None, text: Array, image: Array | None, rope: Rope
+    ) -> tuple[Array, dict[str, Array]]:
+        modulation = self.modulate(time_BE6D, token_time)
+        x_BLD, self_attn = self.attend_to_self(x_BLD, modulation, rope)
         cross_attn = self.cross_attn(self.norm3(x_BLD), text, image_BID=image)
-        x_BLD = x_BLD + cross_attn
-
-        h = layer_norm(x_BLD, self.eps) * (1 + scale2) + shift2
-        x_BLD = x_BLD + gate2 * self.ffn(h)
-        x_BLD = constrain(x_BLD, "B", "L", None)
+        x_BLD = constrain(self.feed_forward(x_BLD + cross_attn, modulation), "B", "L", None)
         return x_BLD, {"self_attn": self_attn, "cross_attn": cross_attn, "block": x_BLD}
 
 
@@ -136,11 +156,10 @@ class ImageEmbedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Modulated norm and projection to patches. Uses the time embedding itself, not its projection."""
+    """Modulated norm and projection to the latents of a token. Uses the time embedding itself, not its projection."""
 
-    def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
-        pt, ph, pw = cfg.patch_size
-        self.head = Linear(cfg.dim, pt * ph * pw * cfg.out_dim, rngs=rngs)
+    def __init__(self, cfg: DiTConfig, out_dim: int, *, rngs: nnx.Rngs):
+        self.head = Linear(cfg.dim, out_dim, rngs=rngs)
         self.modulation = param(rngs, (2, cfg.dim), std=cfg.dim**-0.5)
         self.eps = cfg.eps
 
@@ -149,24 +168,59 @@ class Head(nnx.Module):
         return self.head(layer_norm(x_BLD, self.eps) * (1 + scale) + shift)
 
 
-class DiT(nnx.Module):
-    """Velocity of a noisy latent video, given the timestep and the conditions.
+class Trunk(nnx.Module):
+    """What every stream of tokens has: an embedding, the conditioning by time and text, blocks, and a head.
 
     Matrices are held and multiplied in ``dtype``; timestep embedding, modulation, norms, rotary tables and the head
-    are float32 whatever ``dtype`` is. The module is a pytree: pass it to `jax.jit`, `jax.grad` or `jax.vmap`.
+    are float32 whatever ``dtype`` is.
+
+    Args:
+        patch_embedding: from latents to width D.
+        out_dim: numbers that the head gives per token.
+        make_block: builds one block.
     """
 
-    def __init__(self, cfg: DiTConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        patch = cfg.patch_size[0] * cfg.patch_size[1] * cfg.patch_size[2]
+    def __init__(
+        self,
+        cfg: DiTConfig,
+        patch_embedding: nnx.Module,
+        out_dim: int,
+        make_block: Callable[[nnx.Rngs], Block],
+        *,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
         self.cfg = cfg
-        self.patch_embedding = Linear(patch * cfg.in_dim, cfg.dim, dtype=dtype, rngs=rngs)
+        self.patch_embedding = patch_embedding
         self.text_embedding = MLP(cfg.text_dim, cfg.dim, cfg.dim, act=gelu_tanh, dtype=dtype, rngs=rngs)
         self.time_embedding = MLP(cfg.freq_dim, cfg.dim, cfg.dim, act=jax.nn.silu, rngs=rngs)
         self.time_projection = Linear(cfg.dim, 6 * cfg.dim, rngs=rngs)
+        self.blocks = init_stack(make_block, cfg.num_layers, rngs)
+        self.head = Head(cfg, out_dim, rngs=rngs)
+
+    def embed_time(self, timesteps_BE: Array) -> tuple[Array, Array]:
+        """The embedding [B, E, D] for the head, and its projection [B, E, 6, D] for the blocks."""
+        time_BED = self.time_embedding(timestep_embedding(timesteps_BE, self.cfg.freq_dim))
+        time_BE6D = self.time_projection(jax.nn.silu(time_BED)).reshape(*time_BED.shape[:2], 6, self.cfg.dim)
+        return time_BED, time_BE6D
+
+
+class DiT(Trunk):
+    """Velocity of a noisy latent video, given the timestep and the conditions.
+
+    The module is a pytree: pass it to `jax.jit`, `jax.grad` or `jax.vmap`.
+    """
+
+    def __init__(self, cfg: DiTConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        def block(rngs: nnx.Rngs) -> Block:
+            cross_attn = Attention(cfg, image=cfg.image_tokens > 0, dtype=dtype, rngs=rngs)
+            return Block(cfg, cross_attn, dtype=dtype, rngs=rngs)
+
+        patch = math.prod(cfg.patch_size)
+        embedding = Linear(patch * cfg.in_dim, cfg.dim, dtype=dtype, rngs=rngs)
+        super().__init__(cfg, embedding, patch * cfg.out_dim, block, dtype=dtype, rngs=rngs)
         if cfg.image_tokens:
             self.img_emb = ImageEmbedding(cfg, dtype=dtype, rngs=rngs)
-        self.blocks = init_stack(lambda rngs: Block(cfg, dtype=dtype, rngs=rngs), cfg.num_layers, rngs)
-        self.head = Head(cfg, rngs=rngs)
 
     def __call__(
         self,
@@ -204,10 +258,7 @@ class DiT(nnx.Module):
         x, grid = patchify(x, cfg.patch_size)
         x = constrain(self.patch_embedding(x).astype(jnp.float32), "B", "L", None)
 
-        timesteps = timesteps.reshape(x.shape[0], -1).astype(jnp.float32)
-        time_BED = self.time_embedding(timestep_embedding(timesteps, cfg.freq_dim))
-        time_BE6D = self.time_projection(jax.nn.silu(time_BED)).reshape(*time_BED.shape[:2], 6, cfg.dim)
-
+        time_BED, time_BE6D = self.embed_time(timesteps.reshape(x.shape[0], -1).astype(jnp.float32))
         text = self.text_embedding(text_BSC)
         image = self.img_emb(image_BIC) if cfg.image_tokens else None
         rope = rope_table(grid, cfg.head_dim)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
+Rope = tuple[Array, Array]  # cosines and sines, [L, head_dim // 2] each
 
 
-def rope_table(grid: tuple[int, int, int], head_dim: int, theta: float = 10000.0) -> tuple[Array, Array]:
+def rope_table(
+    grid: tuple[int, int, int], head_dim: int, *, times: Sequence[float] | None = None, theta: float = 10000.0
+) -> Rope:
     """Cosines and sines of every token of a (frames, rows, columns) grid.
 
     The head is split in three parts, for time, height and width: height and width take ``2 * (head_dim // 6)``
     components each, time the rest; each part has its own ladder of frequencies, normalised by its own width.
 
+    Args:
+        times: position of each frame, default 0, 1, 2... Sound is a grid of one row and one column, whose position 0
+            leaves the parts for height and width unrotated.
     Returns:
         Two float32 arrays [L, head_dim // 2], L = frames * rows * columns, frames slowest. Angles are computed in
         float64 on the host, one small table per axis, and broadcast in the program: the full table of a long
@@ -26,7 +34,8 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, theta: float = 10000.0
     def table(function) -> Array:
         parts = []
         for axis, (length, width) in enumerate(zip(grid, widths, strict=True)):
-            angles = np.outer(np.arange(length), theta ** (-np.arange(0, width, 2) / width))
+            positions = np.arange(length) if axis or times is None else np.asarray(times, np.float64)
+            angles = np.outer(positions, theta ** (-np.arange(0, width, 2) / width))
             shape = [1, 1, 1, width // 2]
             shape[axis] = length
             values = jnp.asarray(function(angles), jnp.float32).reshape(shape)
@@ -36,7 +45,7 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, theta: float = 10000.0
     return table(np.cos), table(np.sin)
 
 
-def rotate(x_BLNK: Array, rope: tuple[Array, Array]) -> Array:
+def rotate(x_BLNK: Array, rope: Rope) -> Array:
     """Rotate components (2j, 2j+1) of every head by the angle of its token; float32 in, float32 out."""
     cos, sin = (table[None, :, None, :] for table in rope)
     even, odd = x_BLNK[..., 0::2], x_BLNK[..., 1::2]

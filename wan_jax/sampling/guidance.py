@@ -1,11 +1,13 @@
 """Guidance: one velocity out of several network passes, and the choice of expert.
 
-Classifier-free guidance runs the network with the prompt and with the negative prompt,
-``v = v_negative + scale * (v_prompt - v_negative)``: as one batch of two, or as two passes when memory asks for it.
+Every kind of guidance is a weighted sum of passes. Classifier-free guidance runs the network with the prompt and with
+the negative prompt, ``v = scale * v_prompt + (1 - scale) * v_negative``; guidance by references adds passes without
+them. Passes run as one batch, or one after the other when memory asks for it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,31 +23,37 @@ MODES = ("batch", "sequential", "none")
 
 
 def guided(
-    network: Callable[[Array, Array, Array], Array],
-    sample: Array,
-    timestep: Array,
-    scale: Array,
-    prompts: Any,
-    mode: str,
-) -> Array:
-    """Velocity of ``sample`` [1, ...] under guidance.
+    network: Callable[[Any, Array, Any], Any], sample: Any, timestep: Array, weights: Any, passes: Any, mode: str
+) -> Any:
+    """Velocity of ``sample`` under guidance: the weighted sum of the velocities of ``G`` passes.
 
     Args:
-        network: ``(samples [G, ...], timesteps [G], prompts [G, ...]) -> velocities [G, ...]``.
-        timestep, scale: float32 scalars, arrays of the program.
-        prompts: pytree whose leaves carry a leading axis (prompt, negative prompt); one entry suffices for "none".
-        mode: "batch", "sequential", or "none" (the prompt alone, ``scale`` unused).
+        network: ``(samples [G, ...], timesteps [G], passes [G, ...]) -> velocities [G, ...]``.
+        sample: [1, ...], or a pytree of such (one latent per stream).
+        timestep: float32 scalar, an array of the program.
+        weights: [G] for each array of ``sample``, arrays of the program; their sum is 1.
+        passes: pytree whose leaves carry a leading axis G: what distinguishes the passes.
+        mode: "batch" (all passes at once), or "sequential": the memory of one pass and of the sum.
     """
-    if mode == "none":
-        return network(sample, timestep[None], jax.tree.map(lambda p: p[:1], prompts))
-    if mode == "batch":
-        pair = network(jnp.concatenate([sample, sample]), jnp.stack([timestep, timestep]), prompts)
-        prompt, negative = pair[:1], pair[1:]
-    else:
+    num_passes = len(jax.tree.leaves(passes)[0])
+    if mode == "sequential" and num_passes > 1:
         # A scan, so that the program holds the network once and one pass ends before the next begins.
-        each = jax.tree.map(lambda p: p[:, None], prompts)
-        prompt, negative = jax.lax.map(lambda p: network(sample, timestep[None], p), each)
-    return negative + scale * (prompt - negative)
+        def add(total: Any, now: tuple[Any, Any]) -> tuple[Any, None]:
+            each, weight = now
+            velocity = network(sample, timestep[None], jax.tree.map(lambda p: p[None], each))
+            return jax.tree.map(lambda t, w, v: t + w * v, total, weight, velocity), None
+
+        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, sample), (passes, weights))[0]
+    samples = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_passes, *x.shape[1:])), sample)
+    velocities = network(samples, jnp.broadcast_to(timestep, num_passes), passes)
+    # Full precision: a matrix unit would round latents and weights.
+    total = functools.partial(jnp.tensordot, axes=1, precision=jax.lax.Precision.HIGHEST)
+    return jax.tree.map(lambda v, w: total(w, v)[None], velocities, weights)
+
+
+def classifier_free(scale: Any) -> Any:
+    """Weights of (prompt, negative prompt): [..., 2] for scales [...]."""
+    return jnp.stack([scale, 1 - scale], axis=-1)
 
 
 def check_mode(mode: str) -> str:

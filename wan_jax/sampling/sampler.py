@@ -28,16 +28,16 @@ from wan_jax.sampling.solvers import Coefficients, State, coefficients, init_sta
 
 log = logging.getLogger(__name__)
 Array = jax.Array
-# velocity(args, sample, timestep, guidance_scale) -> velocity. ``args`` is a pytree (weights, conditions): arrays reach
-# the compiled program as arguments, never as constants of a closure.
-Velocity = Callable[[Any, Array, Array, Array], Array]
+# velocity(args, sample, timestep, guidance) -> velocity. ``args`` is a pytree (weights, conditions): arrays reach the
+# compiled program as arguments, never as constants of a closure. ``sample`` is one array or one per stream.
+Velocity = Callable[[Any, Any, Array, Any], Any]
 
 
 class Steps(NamedTuple):
-    """What changes from step to step, [N] each, float32."""
+    """What changes from step to step, [N, ...] each, float32."""
 
     timestep: np.ndarray
-    guidance: np.ndarray
+    guidance: Any  # what the velocity function takes: a scale, or weights of its passes
     solver: Coefficients
 
     def part(self, first: int, stop: int) -> Steps:
@@ -49,7 +49,10 @@ class Steps(NamedTuple):
 
 
 class Pin(NamedTuple):
-    """Latents that are known: after every step ``sample = where(mask, value, sample)`` (TI2V's clean first frame)."""
+    """Latents that are known: after every step ``sample = where(mask, value, sample)`` (TI2V's clean first frame).
+
+    With several streams a dictionary holds the pins of those that have one.
+    """
 
     mask: Array
     value: Array
@@ -66,20 +69,34 @@ class Progress(NamedTuple):
     state: State
 
 
-def make_steps(solver: str, schedule: Schedule, guidance: float | np.ndarray = 1.0) -> Steps:
-    """Tables of one run; ``guidance`` is one scale, or one per step."""
-    scales = np.broadcast_to(np.asarray(guidance, np.float32), (schedule.num_steps,))
-    return Steps(schedule.timesteps.astype(np.float32), scales, coefficients(solver, schedule.sigmas))
+def make_steps(solver: str, schedule: Schedule, guidance: Any = 1.0) -> Steps:
+    """Tables of one run; ``guidance`` is one scale, or a pytree of arrays [N, ...] with an entry per step."""
+
+    def table(values: Any) -> np.ndarray:
+        values = np.asarray(values, np.float32)
+        return np.broadcast_to(values, (schedule.num_steps, *values.shape[1:]))
+
+    return Steps(
+        schedule.timesteps.astype(np.float32), jax.tree.map(table, guidance), coefficients(solver, schedule.sigmas)
+    )
 
 
-def run_segment(velocity: Velocity, args: Any, state: State, steps: Steps, pin: Pin | None) -> tuple[State, Array]:
+def pinned(sample: Any, pin: Any) -> Any:
+    """The sample with known latents in place."""
+    if pin is None:
+        return sample
+    if isinstance(pin, Pin):
+        return jnp.where(pin.mask, pin.value, sample)
+    return {stream: pinned(x, pin.get(stream)) for stream, x in sample.items()}
+
+
+def run_segment(velocity: Velocity, args: Any, state: State, steps: Steps, pin: Any) -> tuple[State, Array]:
     """Take ``steps`` (pure, jittable). Returns the state and, per step, whether the sample stayed finite."""
 
     def body(state: State, now: Steps) -> tuple[State, Array]:
         state = step(state, velocity(args, state.sample, now.timestep, now.guidance), *now.solver)
-        if pin is not None:
-            state = state._replace(sample=jnp.where(pin.mask, pin.value, state.sample))
-        return state, jnp.isfinite(state.sample).all()
+        state = state._replace(sample=pinned(state.sample, pin))
+        return state, jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state.sample)]).all()
 
     return jax.lax.scan(body, state, steps)
 
@@ -90,9 +107,9 @@ def compiled_segment(velocity: Velocity) -> Callable[..., tuple[State, Array]]:
     return jax.jit(functools.partial(run_segment, velocity), donate_argnums=1, compiler_options=compiler_options())
 
 
-def start(noise: Array, pin: Pin | None = None) -> State:
-    """Initial solver state: the noise, with known latents in place."""
-    return init_state(noise if pin is None else jnp.where(pin.mask, pin.value, noise))
+def start(noise: Any, pin: Any = None) -> State:
+    """Initial solver state: the noise (one array or one per stream), with known latents in place."""
+    return init_state(pinned(noise, pin))
 
 
 def sample(
@@ -103,7 +120,7 @@ def sample(
     *,
     first: int = 0,
     last: int | None = None,
-    pin: Pin | None = None,
+    pin: Any = None,
     segment: int | str = 1,
     callback: Callable[[Progress], None] | None = None,
 ) -> State:

@@ -12,7 +12,7 @@ arXiv 2302.04867, arXiv 2211.01095.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,25 +35,32 @@ class Coefficients(NamedTuple):
 
 
 class State(NamedTuple):
-    """Solver state, all in the shape of the latents, float32."""
+    """Solver state. Each entry is like the latents: one float32 array, or a dictionary of one per stream."""
 
-    sample: Array  # what the network sees next; the result after the last step
-    corrected: Array
-    clean1: Array  # clean prediction one step ago
-    clean2: Array  # two steps ago
+    sample: Any  # what the network sees next; the result after the last step
+    corrected: Any
+    clean1: Any  # clean prediction one step ago
+    clean2: Any  # two steps ago
 
 
-def init_state(noise: Array) -> State:
+def init_state(noise: Any) -> State:
     """State before the first step. Every entry is a buffer of its own, so that the state can be donated."""
-    return State(jnp.array(noise, jnp.float32, copy=True), *(jnp.zeros(noise.shape, jnp.float32) for _ in range(3)))
+
+    def zeros() -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), noise)
+
+    return State(jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), noise), zeros(), zeros(), zeros())
 
 
-def step(state: State, velocity: Array, sigma: Array, correct: Array, predict: Array) -> State:
+def step(state: State, velocity: Any, sigma: Array, correct: Array, predict: Array) -> State:
     """One step of any solver: read the clean prediction off the velocity, correct this sample, predict the next."""
-    clean = state.sample - sigma * velocity.astype(jnp.float32)
-    terms = (state.sample, state.corrected, clean, state.clean1, state.clean2)
-    corrected = sum(c * term for c, term in zip(correct, terms, strict=True))
-    sample = sum(p * term for p, term in zip(predict, (corrected, clean, state.clean1), strict=True))
+
+    def combine(factors: Array, *terms: Any) -> Any:
+        return jax.tree.map(lambda *xs: sum(f * x for f, x in zip(factors, xs, strict=True)), *terms)
+
+    clean = jax.tree.map(lambda x, v: x - sigma * v.astype(jnp.float32), state.sample, velocity)
+    corrected = combine(correct, state.sample, state.corrected, clean, state.clean1, state.clean2)
+    sample = combine(predict, corrected, clean, state.clean1)
     return State(sample, corrected, clean, state.clean1)
 
 
