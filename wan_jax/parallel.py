@@ -36,23 +36,34 @@ ACTIVATION_AXES: dict[str | None, tuple[str, ...]] = {
 }  # fmt: skip
 
 _REPLICATED: tuple[None, ...] = ()
+_STREAM = r"((video|audio)\.)?"  # the twin-stream transformer holds the parts of a DiT twice
 RULES: dict[str, tuple[tuple[str, tuple[str | None, ...]], ...]] = {
     "dit": (
-        (r"blocks\.(self_attn|cross_attn)\.(q|k|v|k_img|v_img)\.kernel", ("layer", "in", "out")),
-        (r"blocks\.(self_attn|cross_attn)\.(q|k|v|k_img|v_img)\.bias", ("layer", "out")),
-        (r"blocks\.(self_attn|cross_attn)\.o\.kernel", ("layer", "out", "in")),
-        (r"blocks\.ffn\.fc1\.kernel", ("layer", "in", "out")),
-        (r"blocks\.ffn\.fc1\.bias", ("layer", "out")),
-        (r"blocks\.ffn\.fc2\.kernel", ("layer", "out", "in")),
-        (r"blocks\..*\.bias|blocks\..*norm.*|blocks\.modulation", _REPLICATED),
-        (r"(text_embedding|time_embedding|img_emb)\.fc[12]\.kernel", ("in", "out")),
-        (r"time_projection\.kernel", ("in", "out")),
-        (r"patch_embedding\.kernel", (None, "in")),
-        (r"head\.head\.kernel", ("in", None)),
-        (r".*\.bias|img_emb\.(norm[12]\.(weight|bias)|emb_pos)|head\.modulation", _REPLICATED),
+        (rf"{_STREAM}blocks\.(self_attn|cross_attn)\.(q|k|v|k_img|v_img|k_fusion|v_fusion)\.kernel", ("layer", "in", "out")),
+        (rf"{_STREAM}blocks\.(self_attn|cross_attn)\.(q|k|v|k_img|v_img|k_fusion|v_fusion)\.bias", ("layer", "out")),
+        (rf"{_STREAM}blocks\.(self_attn|cross_attn)\.o\.kernel", ("layer", "out", "in")),
+        (rf"{_STREAM}blocks\.ffn\.fc1\.kernel", ("layer", "in", "out")),
+        (rf"{_STREAM}blocks\.ffn\.fc1\.bias", ("layer", "out")),
+        (rf"{_STREAM}blocks\.ffn\.fc2\.kernel", ("layer", "out", "in")),
+        (rf"{_STREAM}blocks\.(.*\.bias|.*norm.*|modulation)", _REPLICATED),
+        (rf"{_STREAM}(text_embedding|time_embedding|img_emb)\.fc[12]\.kernel", ("in", "out")),
+        (rf"{_STREAM}time_projection\.kernel", ("in", "out")),
+        (rf"{_STREAM}patch_embedding\.kernel", (None, "in")),
+        (r"audio\.patch_embedding\.(conv|mlp\.w[13])\.kernel", (None, "in", "out")),
+        (r"audio\.patch_embedding\.mlp\.w2\.kernel", (None, "out", "in")),
+        (rf"{_STREAM}head\.head\.kernel", ("in", None)),
+        (r"(identity|voice)_adapter\.(blocks\.[kv]|.*layers\.(attn\.[qkv]|mlp\.fc1))\.kernel", ("layer", "in", "out")),
+        (r"(identity|voice)_adapter\.(blocks\.o|.*layers\.(attn\.o|mlp\.fc2))\.kernel", ("layer", "out", "in")),
+        (r"(identity_adapter\.proj|voice_adapter\.summary)\.kernel", ("in", "out")),
+        (r"voice_adapter\.conv[12]\.kernel", (None, "in", "out")),
+        (r"(identity|voice)_adapter\.(.*norm\w*\.weight|slots|resampler\.queries)", _REPLICATED),
+        (rf".*\.bias|{_STREAM}(img_emb\.(norm[12]\.weight|emb_pos)|head\.modulation)", _REPLICATED),
     ),
     # Small, and its convolutions are shared by every row of the picture: the picture is cut, not the weights.
     "vae": ((r".*\.(kernel|bias|gamma)", _REPLICATED),),
+    # Small too, and a clip of sound is short: every device does all of it.
+    "audio_vae": ((r".*\.(kernel|learnable_gain)|data_(mean|std)", _REPLICATED),),
+    "vocoder": ((r".*\.(kernel|bias|alpha|beta)", _REPLICATED),),
     "text_encoder": (
         (r"token_embedding\.embedding", ("vocab", "in")),
         (r"blocks\.attn\.[qkv]\.kernel", ("layer", "in", "out")),

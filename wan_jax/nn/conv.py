@@ -1,7 +1,7 @@
-"""Convolutions, channels last, float32.
+"""Convolutions, channels last, float32 but for `Conv1d`, which has the dtype of its kernel.
 
 Axes: ``B`` batch, ``T`` frames, ``H W`` rows and columns, ``C`` channels; ``...`` any leading axes.
-Kernels are stored [rows, columns, in, out] and [frames, rows, columns, in, out]. Padding is zeros.
+Kernels are stored [frames, in, out], [rows, columns, in, out] and [frames, rows, columns, in, out]. Padding is zeros.
 """
 
 from __future__ import annotations
@@ -61,6 +61,62 @@ def _native(x: Array, kernel: Array, stride: int) -> Array:
         x, kernel, (stride, 1, 1), pads, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
         precision=matmul_precision(kernel.dtype),
     )  # fmt: skip
+
+
+def conv1d(x_BTC: Array, kernel: Array, *, dilation: int = 1) -> Array:
+    """Convolve a sequence with kernel [size, in, out], odd size, zero padding to the same length."""
+    pad = (kernel.shape[0] - 1) * dilation // 2
+    return jax.lax.conv_general_dilated(
+        x_BTC.astype(kernel.dtype), kernel, (1,), ((pad, pad),), rhs_dilation=(dilation,),
+        dimension_numbers=("NWC", "WIO", "NWC"), precision=matmul_precision(kernel.dtype),
+    )  # fmt: skip
+
+
+def conv_transpose1d(x_BTC: Array, kernel: Array, stride: int) -> Array:
+    """Sum of kernels, one for each frame of the input and ``stride`` apart: ``stride * T`` frames.
+
+    What overhangs is cut, half at each end; if the kernel and the stride differ by an odd number, one frame stays over.
+    """
+    pad = kernel.shape[0] - 1 - (kernel.shape[0] - stride) // 2
+    return jax.lax.conv_general_dilated(
+        x_BTC, kernel[::-1], (1,), [(pad, pad)], lhs_dilation=(stride,), dimension_numbers=("NWC", "WIO", "NWC"),
+        precision=matmul_precision(kernel.dtype),
+    )  # fmt: skip
+
+
+class Conv1d(nnx.Module):
+    """Convolution of [B, T, C] to the same length, in the dtype of its kernel."""
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        size: int = 3,
+        *,
+        dilation: int = 1,
+        bias: bool = True,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = param(rngs, (size, c_in, c_out), dtype, std=(size * c_in) ** -0.5)
+        self.bias = param(rngs, (c_out,), dtype) if bias else None
+        self.dilation = dilation
+
+    def __call__(self, x_BTC: Array) -> Array:
+        y = conv1d(x_BTC, self.kernel[...], dilation=self.dilation)
+        return y if self.bias is None else y + self.bias[...]
+
+
+class ConvTranspose1d(nnx.Module):
+    """Upsampling of [B, T, C], see `conv_transpose1d`."""
+
+    def __init__(self, c_in: int, c_out: int, size: int, *, stride: int, rngs: nnx.Rngs):
+        self.kernel = param(rngs, (size, c_in, c_out), std=(size * c_in / stride) ** -0.5)
+        self.bias = param(rngs, (c_out,))
+        self.stride = stride
+
+    def __call__(self, x_BTC: Array) -> Array:
+        return conv_transpose1d(x_BTC, self.kernel[...], self.stride) + self.bias[...]
 
 
 class Conv2d(nnx.Module):

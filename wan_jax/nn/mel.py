@@ -1,0 +1,66 @@
+"""Log-mel spectrograms of speech.
+
+Axes: ``B`` batch, ``n`` samples, ``T`` frames, ``M`` mel bins. Source: MMAudio ``mmaudio/ext/mel_converter.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wan_jax.config import MelConfig
+
+Array = jax.Array
+
+# Slaney's scale: even steps up to 1 kHz, then 27 steps to every factor of 6.4. Source: Auditory Toolbox, 1998.
+HZ_PER_MEL = 200 / 3
+KNEE_HZ = 1000.0
+KNEE_MEL = KNEE_HZ / HZ_PER_MEL
+MELS_PER_E = 27 / np.log(6.4)
+
+
+def mel_spectrogram(wave_Bn: Array, cfg: MelConfig) -> Array:
+    """Base-10 logarithm of the mel magnitudes.
+
+    Args:
+        wave_Bn: samples at ``cfg.sample_rate``, clamped to [-1, 1]; more than ``(n_fft - hop) / 2`` (24 ms) of them.
+    Returns:
+        [B, n // hop, M] float32, at least ``log10(cfg.floor)``. Frame ``i`` is centred on sample ``(i + 1/2) hop``.
+    """
+    pad = (cfg.n_fft - cfg.hop) // 2
+    wave = jnp.pad(jnp.clip(wave_Bn.astype(jnp.float32), -1, 1), [(0, 0), (pad, pad)], mode="reflect")
+    starts = np.arange(0, wave.shape[1] - cfg.n_fft + 1, cfg.hop)
+    frames = wave[:, starts[:, None] + np.arange(cfg.n_fft)] * hann_window(cfg.n_fft)
+    spectrum = jnp.fft.rfft(frames)
+    magnitude = jnp.sqrt(jnp.square(spectrum.real) + jnp.square(spectrum.imag) + 1e-9)
+    mel = jnp.dot(magnitude, mel_filters(cfg).T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.log10(jnp.maximum(mel, cfg.floor))
+
+
+def hann_window(length: int) -> np.ndarray:
+    """The periodic window: zero at the start, not at the end. [length] float32."""
+    return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(length) / length)).astype(np.float32)
+
+
+@functools.cache
+def mel_filters(cfg: MelConfig) -> np.ndarray:
+    """Triangles of equal area, evenly spaced on Slaney's scale: [M, n_fft // 2 + 1] float32.
+
+    Equal to ``librosa.filters.mel``, which Slaney's toolbox is the source of, too.
+    """
+    edges = _mel_to_hz(np.linspace(_hz_to_mel(cfg.fmin), _hz_to_mel(cfg.fmax), cfg.num_bins + 2))
+    left, centre, right = (edges[i : i + cfg.num_bins, None] for i in range(3))
+    hz = np.arange(cfg.n_fft // 2 + 1) * cfg.sample_rate / cfg.n_fft
+    triangles = np.minimum((hz - left) / (centre - left), (right - hz) / (right - centre))
+    return (np.maximum(triangles, 0) * 2 / (right - left)).astype(np.float32)
+
+
+def _hz_to_mel(hz: float) -> float:
+    return hz / HZ_PER_MEL if hz < KNEE_HZ else KNEE_MEL + MELS_PER_E * np.log(hz / KNEE_HZ)
+
+
+def _mel_to_hz(mel: np.ndarray) -> np.ndarray:
+    return np.where(mel < KNEE_MEL, mel * HZ_PER_MEL, KNEE_HZ * np.exp((mel - KNEE_MEL) / MELS_PER_E))

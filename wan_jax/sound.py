@@ -1,0 +1,140 @@
+"""Picture and sound together: conditions, guidance and velocity of the twin-stream models.
+
+Latents are dictionaries, "video" [1, T, H, W, C] and "audio" [1, A, C]; a model may run with one of them.
+Source: ``ovi_fusion_engine.py`` of Ovi, ``dreamid_omni_engine.py`` of DreamID-Omni.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wan_jax.conditions import compiled
+from wan_jax.media import to_unit
+from wan_jax.nn.mel import mel_spectrogram
+from wan_jax.sampling.guidance import guided
+from wan_jax.sampling.sampler import Velocity
+
+Array = jax.Array
+
+
+class Passes(NamedTuple):
+    """What distinguishes the passes of one step, G of them.
+
+    text: per stream [G, S, C], features with zero rows up to the text length.
+    keep: per stream [G], 1 or 0: whether that stream's references are shown.
+    skip_G: int, a block that is left out, or -1.
+    """
+
+    text: dict[str, Array]
+    keep: dict[str, Array]
+    skip_G: Array
+
+
+class SoundCondition(NamedTuple):
+    """Everything that steers one clip with sound, as arrays.
+
+    references: per stream, clean latents that stand behind the noisy ones: [1, R, H, W, C] and [1, sum of K, C].
+    identity_BRIC, voice: what the adapters of the ``wan2.6`` family take.
+    pin, token_time: the clean first frame, see `wan_jax.conditions.Condition`.
+    """
+
+    passes: Passes
+    references: dict[str, Array] | None = None
+    identity_BRIC: Array | None = None
+    voice: Any = None
+    pin: dict[str, Any] | None = None
+    token_time: Array | None = None
+
+
+def guidance_passes(
+    text: dict[str, Array], scale: dict[str, float], *, image: float = 0.0, voice: float = 0.0, skip: int | None = None
+) -> tuple[Passes, dict[str, np.ndarray]]:
+    """The passes that a guidance needs, and the weights of their sum.
+
+    With P the prompt, N the negative prompt, I and A the prompt without the pictures and without the voices:
+    ``N + scale (P - N) + image (P - I)`` for the video, ``N + scale (P - N) + voice (P - A)`` for the audio. A pass
+    whose factors are all zero is left out.
+
+    Args:
+        text: per stream [2, S, C], prompt and negative prompt; a single row suffices where every scale is 1.
+        scale: per stream, of the text.
+        image, voice: of the references.
+        skip: block that N leaves out, so that guidance also leads away from a weaker model (Ovi).
+    Returns:
+        The passes, and per stream the weights [G] float32.
+    """
+    factors = {"video": (scale.get("video", 1.0), image, 0.0), "audio": (scale.get("audio", 1.0), 0.0, voice)}
+    weights = {s: np.array([c + i + v, 1 - c, -i, -v], np.float32) for s, (c, i, v) in factors.items() if s in text}
+    used = [0] + [g for g in (1, 2, 3) if any(w[g] for w in weights.values())]
+    table = np.array([[0, 1, 1, -1], [1, 1, 1, -1 if skip is None else skip], [0, 0, 1, -1], [0, 1, 0, -1]])[used]
+    rows, keep_video, keep_audio, skips = table.T
+    keep = {"video": jnp.asarray(keep_video, jnp.float32), "audio": jnp.asarray(keep_audio, jnp.float32)}
+    passes = Passes({s: x[rows] for s, x in text.items()}, keep, jnp.asarray(skips, jnp.int32))
+    return passes, {s: w[used] for s, w in weights.items()}
+
+
+@functools.cache
+def fusion_velocity(
+    mode: str, video_times: tuple[float, ...] | None = None, audio_times: tuple[float, ...] | None = None
+) -> Velocity:
+    """The velocity function of a `Fusion` and a `SoundCondition`.
+
+    Args:
+        mode: of guidance, "batch" or "sequential".
+        video_times, audio_times: see `Fusion`; with references they tell whose face and whose voice they are.
+    """
+    times = {"video": video_times, "audio": audio_times}
+
+    def velocity(args: tuple[Any, SoundCondition], latents: dict[str, Array], timestep: Array, weights: Any) -> Any:
+        fusion, condition = args
+
+        def network(latents: dict[str, Array], timesteps: Array, passes: Passes) -> dict[str, Array]:
+            def shown(stream: str, x: Array) -> Array:
+                """The references [1, ...] of a stream for every pass; zero where it does without."""
+                return x * passes.keep[stream].reshape(-1, *[1] * (x.ndim - 1))
+
+            seen = dict(latents)
+            for stream, clean in (condition.references or {}).items():
+                seen[stream] = jnp.concatenate([latents[stream], shown(stream, clean)], axis=1)
+            identity, voice = condition.identity_BRIC, condition.voice
+            if condition.token_time is not None:
+                timesteps = jnp.stack([timesteps, jnp.zeros_like(timesteps)], axis=-1)
+            out = fusion(
+                seen,
+                timesteps,
+                passes.text,
+                times=times,
+                token_time=condition.token_time,
+                identity_BRIC=None if identity is None else shown("video", identity),
+                voice=None if voice is None else jax.tree.map(functools.partial(shown, "audio"), voice),
+                skip_B=passes.skip_G,
+            )
+            return {stream: out[stream][:, : x.shape[1]] for stream, x in latents.items()}
+
+        return guided(network, latents, timestep, weights, condition.passes, mode)
+
+    return velocity
+
+
+def encode_pictures(vae: Any, pictures: Sequence[np.ndarray]) -> Array:
+    """Latents [1, R, h, w, z] of pictures uint8 [H, W, 3] of one size, each a video of one frame."""
+    run = compiled("picture", lambda vae, video: vae.encode(video))
+    return jnp.concatenate([run(vae, jnp.asarray(to_unit(picture))[None, None]) for picture in pictures], axis=1)
+
+
+def encode_voices(audio_vae: Any, voices: Sequence[np.ndarray], mel: Any) -> Array:
+    """Latents [1, sum of K, z] of mono sound, float32 [n] each at the rate of ``mel``."""
+    run = compiled(f"voice {mel}", lambda vae, wave: vae.encode(mel_spectrogram(wave, mel)))
+    return jnp.concatenate([run(audio_vae, jnp.asarray(voice)[None]) for voice in voices], axis=1)
+
+
+def decode_audio(audio_vae: Any, vocoder: Any, latents_BAC: Array) -> np.ndarray:
+    """Waveform float32 [n] in [-1, 1] of audio latents [1, A, z]."""
+    run = compiled("sound", lambda vae, vocoder, z: vocoder(vae.decode(z)))
+    return np.asarray(run(audio_vae, vocoder, latents_BAC)[0])
