@@ -13,7 +13,7 @@ Sources: Wan2.1 and Wan2.2 repositories, ``wan/configs/*`` and the ``config.json
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, get_args, get_type_hints
 
@@ -253,15 +253,39 @@ class FusionConfig(DiTConfig):
 
 
 @dataclass(frozen=True)
+class SoundSpec:
+    """The sound side of a model that makes picture and sound together, and its official defaults.
+
+    Source: Ovi ``configs/inference/inference_fusion.yaml``, DreamID-Omni ``configs/inference/inference_r2av.yaml``.
+    """
+
+    mel: MelConfig = MelConfig()
+    vae: AudioVAEConfig = AudioVAEConfig()
+    vocoder: VocoderConfig = VocoderConfig()
+    num_latents: int = 157  # of a clip of `ModelSpec.num_frames`
+    guidance_scale: float = 3.0
+    negative_prompt: str = "robotic, muffled, echo, distorted"
+    skip_layer: int | None = None  # block that the pass with the negative prompts leaves out
+    image_guidance: float = 0.0  # by passes without the reference pictures, without the voices
+    voice_guidance: float = 0.0
+    caption: str = "audio"  # form of prompt, see `wan_jax.captions`: audcap, audio, structured
+
+    @property
+    def hop(self) -> int:
+        """Samples per audio latent."""
+        return self.mel.hop * self.vae.stride
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """One published model: its networks, where its files are, and the defaults it was released with.
+    """One model: its networks, where its files are, and the defaults it was released with.
 
     ``guidance_scale`` and ``shift`` are the official command-line defaults. For the two-expert models
     ``guidance_scale`` is ordered (low noise, high noise), as in the official configuration.
     """
 
     name: str
-    task: str  # t2v | i2v | flf2v | ti2v
+    task: str  # t2v | i2v | flf2v | ti2v; with sound: ti2av (text or picture), r2av (references)
     dit: DiTConfig
     vae: VAEConfig
     sizes: tuple[tuple[int, int], ...]  # (width, height) the model was trained on, the default first
@@ -269,6 +293,9 @@ class ModelSpec:
     diffusers_repository: str = ""
     text: UMT5Config = UMT5Config()
     clip: CLIPConfig | None = None
+    sound: SoundSpec | None = None
+    file: str = ""  # of the transformer in a folder of several repositories, which models with sound come in
+    companions: tuple[tuple[str, tuple[str, ...]], ...] = ()  # other repositories of that folder, and what of them
     boundary: float | None = None  # two experts: the high-noise one serves timesteps >= boundary * 1000
     num_steps: int = 50
     shift: float = 5.0
@@ -297,7 +324,7 @@ class ModelSpec:
         return self.num_experts * self.dit.num_params()
 
     def takes_image(self) -> bool:
-        return self.task != "t2v"
+        return self.task not in ("t2v", "r2av")
 
 
 _480P = ((832, 480), (480, 832))
@@ -328,6 +355,21 @@ def _spec(name: str, task: str, repository: str, **kw) -> ModelSpec:
 _I2V_21 = dict(
     dit=_DIT_I2V_21, vae=_VAE_21, clip=CLIPConfig(), num_steps=40, shift_480p=3.0, negative_prompt=NEGATIVE_PROMPT_I2V
 )
+_FUSION = FusionConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48)
+_T5_AND_VAE = ("Wan-AI/Wan2.2-TI2V-5B", ("Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/*"))
+_AUDIO_CODEC = ("hkchengrex/MMAudio", ("ext_weights/v1-16.pth", "ext_weights/best_netG.pt"))
+_OVI_SIZES = ((1280, 704), (704, 1280), (960, 960), (992, 512), (512, 992), (960, 512), (512, 960), (1120, 448))
+_WITH_SOUND = dict(
+    vae=_VAE_22, companions=(_T5_AND_VAE, _AUDIO_CODEC), num_frames=121, fps=24,
+    negative_prompt="jitter, bad hands, blur, distortion", licence="Apache-2.0; audio codec CC-BY-NC-4.0",
+)  # fmt: skip
+_OVI = _WITH_SOUND | dict(task="ti2av", dit=_FUSION, guidance_scale=4.0, repository="chetwinlow1/Ovi")
+_REFERENCES = SoundSpec(guidance_scale=4.0, image_guidance=1.5, voice_guidance=2.0, caption="structured")
+_DREAMID = _WITH_SOUND | dict(
+    task="r2av", sizes=((1280, 704), (992, 512), (704, 1280), (512, 992)), guidance_scale=3.0, sound=_REFERENCES
+)
+_ADAPTERS = dict(identity=IdentityConfig(), voice=VoiceConfig())
+
 MODELS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
@@ -351,6 +393,25 @@ MODELS: dict[str, ModelSpec] = {
             "wan2.2-ti2v-5b", "ti2v", "Wan2.2-TI2V-5B", dit=_DIT_5B, vae=_VAE_22, sizes=((1280, 704), (704, 1280)),
             num_frames=121, fps=24,
         ),
+        ModelSpec(
+            "ovi-5s", file="Ovi/model_960x960.safetensors", sizes=_OVI_SIZES, sound=SoundSpec(skip_layer=11), **_OVI
+        ),
+        ModelSpec(
+            "ovi-5s-720", file="Ovi/model.safetensors", sizes=((704, 704), (960, 544), (544, 960), (992, 512)),
+            sound=SoundSpec(skip_layer=11, caption="audcap"), **_OVI,
+        ),
+        ModelSpec(
+            "ovi-10s", file="Ovi/model_960x960_10s.safetensors", sizes=_OVI_SIZES,
+            sound=SoundSpec(skip_layer=11, num_latents=314), **_OVI | dict(num_frames=241),
+        ),
+        ModelSpec(
+            "dreamid-omni", file="DreamID-Omni/dreamid_omni.safetensors", repository="XuGuo699/DreamID-Omni",
+            dit=_FUSION, **_DREAMID,
+        ),
+        ModelSpec(
+            "wan2.6-r2av-11b", file="Wan2.6-R2AV-11B/model.safetensors", clip=CLIPConfig(),
+            dit=replace(_FUSION, **_ADAPTERS), **_DREAMID,
+        ),
     )
 }  # fmt: skip
 
@@ -373,7 +434,8 @@ def from_json(kind: type, data: Mapping[str, Any]) -> Any:
 def find_model(name: str) -> ModelSpec:
     """Return the published model called ``name`` (or by its hub repository id); raise with the nearest names."""
     key = name.lower()
-    for spec in MODELS.values():
-        if key in (spec.name, spec.repository.lower(), spec.diffusers_repository.lower()):
-            return spec
+    if key:
+        for spec in MODELS.values():
+            if key in (spec.name, spec.repository.lower(), spec.diffusers_repository.lower()):
+                return spec
     raise InputError(f"unknown model {name!r}{nearest(name, MODELS) or '; known: ' + ', '.join(MODELS)}")

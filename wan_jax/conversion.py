@@ -15,13 +15,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from wan_jax.checkpoint import save_params
-from wan_jax.config import MODELS, CLIPConfig, DiTConfig, ModelSpec, UMT5Config
+from wan_jax.config import (
+    MODELS,
+    AudioVAEConfig,
+    CLIPConfig,
+    FusionConfig,
+    IdentityConfig,
+    ModelSpec,
+    UMT5Config,
+    VocoderConfig,
+    VoiceConfig,
+)
 from wan_jax.errors import InputError
 from wan_jax.model import Model, build
 from wan_jax.weights import layouts
 from wan_jax.weights.engine import Coverage, check, export
-from wan_jax.weights.maps import clip, dit, umt5, vae
-from wan_jax.weights.writers import write_pth, write_sharded_safetensors
+from wan_jax.weights.maps import clip, dit, fusion, umt5, vae
+from wan_jax.weights.writers import write_pth, write_safetensors, write_sharded_safetensors
 
 # Distinct values of a random tensor, which a larger one repeats. A prime: no two rows of a matrix are then equal.
 NUM_VALUES = 1_000_003
@@ -41,7 +51,7 @@ def check_folder(folder: str | Path) -> dict[str, Coverage]:
         with layouts.open_part(part, files.parts[part]) as source:
             report[part] = check(
                 build(part, files.spec, jnp.bfloat16), layouts.table(part, cfg), source,
-                layout=files.layout, ignore=layouts.ignored(part, files.layout),
+                layout=files.layout, ignore=layouts.ignored(part, cfg, files.layout),
             )  # fmt: skip
     return report
 
@@ -57,7 +67,7 @@ def import_folder(model: Model, target: str | Path, say: Say = print) -> None:
         del network
         model.release(part)
     _copy_tokenizer(model, target / "tokenizer")
-    write_json(target / layouts.MANIFEST, {"spec": layouts.spec_to_json(model.spec)})
+    write_json(target / layouts.MANIFEST, {"spec": dataclasses.asdict(model.spec)})
 
 
 def _copy_tokenizer(model: Model, target: Path) -> None:
@@ -98,8 +108,7 @@ def export_folder(
         return export(model.network(part), rows, layout=layout, dtype=dtype)
 
     write_folder(model.spec, target, layout, chosen, tensors, say, after=model.release)
-    folder = layouts.TOKENIZER_OFFICIAL if layout == "official" else layouts.DIFFUSERS_FOLDERS["tokenizer"]
-    _copy_tokenizer(model, Path(target) / folder)
+    _copy_tokenizer(model, part_path(model.spec, Path(target), layout, "tokenizer"))
 
 
 def write_folder(
@@ -112,12 +121,18 @@ def write_folder(
     after: Callable[[str], None] = lambda part: None,
 ) -> None:
     """Write networks and their configuration files; ``tensors(part)`` gives what to write under the layout's names."""
+    if spec.sound and layout == "diffusers":
+        raise InputError(f"{spec.name} has no diffusers layout: use the official one")
     target = new_folder(target)
     for part in parts:
         path = part_path(spec, target, layout, part)
         say(f"{part}: writing {path}")
-        if path.suffix == ".pth":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix in (".pth", ".pt"):
             write_pth(path, tensors(part))
+        elif path.suffix:
+            write_safetensors(path, tensors(part), metadata={"format": "pt"})
+            write_json(path.with_name("config.json"), fusion.config_to_official(spec.dit))
         else:
             path.mkdir(parents=True, exist_ok=True)
             stem = "model" if part.endswith("_encoder") else layouts.DIT_STEM
@@ -129,12 +144,15 @@ def write_folder(
 
 
 def part_path(spec: ModelSpec, folder: Path, layout: str, part: str) -> Path:
-    """File or folder of one network."""
+    """File or folder of one network, or of the tokenizer."""
     if layout == "diffusers":
         return folder / layouts.DIFFUSERS_FOLDERS[part]
+    if spec.sound:
+        return folder / (spec.file if part == "dit" else layouts.SOUND_PATHS[part])
     if part.startswith("dit"):
         return folder / layouts.EXPERT_FOLDERS[part] if spec.num_experts == 2 else folder
     names = {
+        "tokenizer": layouts.TOKENIZER_OFFICIAL,
         "vae": f"Wan{spec.vae.version}_VAE.pth",
         "text_encoder": layouts.T5_FILE,
         "image_encoder": layouts.CLIP_FILE,
@@ -189,7 +207,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 # Widths of the small random models; every task's path runs in seconds on a CPU.
-_TINY_DIT = DiTConfig(dim=64, ffn_dim=128, num_heads=4, num_layers=2, text_dim=64, freq_dim=64)
+_TINY_DIT = dict(dim=64, ffn_dim=128, num_heads=4, num_layers=2, text_dim=64, freq_dim=64)
 _TINY_VAE = {
     "2.1": dict(dim=8, dec_dim=8),
     "2.2": dict(dim=8, dec_dim=8, z_dim=48),
@@ -197,6 +215,7 @@ _TINY_VAE = {
 _TINY_BASE = {
     "t2v": "wan2.1-t2v-1.3b", "i2v": "wan2.1-i2v-14b-480p", "flf2v": "wan2.1-flf2v-14b-720p",
     "ti2v": "wan2.2-ti2v-5b", "t2v-moe": "wan2.2-t2v-a14b", "i2v-moe": "wan2.2-i2v-a14b",
+    "ovi": "ovi-5s", "r2av": "dreamid-omni", "wan2.6": "wan2.6-r2av-11b",
 }  # fmt: skip
 
 
@@ -204,17 +223,30 @@ def tiny_spec(kind: str) -> ModelSpec:
     """A small relative of a published model: same parts, same paths, widths that run in seconds on a CPU."""
     base = MODELS[_TINY_BASE[kind]]
     vision = base.clip and CLIPConfig(image_size=56, dim=80, mlp_dim=160, num_heads=1, num_layers=3, out_dim=16)
-    images = vision.num_tokens * (2 if base.dit.image_positions else 1) if vision else 0
+    dit, sound = dataclasses.replace(base.dit, **_TINY_DIT), base.sound
+    if isinstance(dit, FusionConfig):
+        sizes = dict(dim=32, num_layers=1, num_heads=2)
+        if dit.identity:
+            adapters = dict(identity=IdentityConfig(feature_dim=vision.dim, **sizes), voice=VoiceConfig(**sizes))
+            dit = dataclasses.replace(dit, **adapters)
+        sound = dataclasses.replace(
+            sound,
+            vae=AudioVAEConfig(dim=16, dim_mult=(1, 2), num_res_blocks=1),
+            vocoder=VocoderConfig(
+                dim=64, rates=(8, 8, 4), kernels=(16, 16, 8), res_kernels=(3,), res_dilations=((1, 3),)
+            ),
+        )
+    elif vision:
+        images = vision.num_tokens * (2 if dit.image_positions else 1)
+        dit = dataclasses.replace(dit, image_tokens=images, image_dim=vision.dim)
     return dataclasses.replace(
         base,
         name=f"tiny-{kind}",
-        dit=dataclasses.replace(
-            _TINY_DIT, in_dim=base.dit.in_dim, out_dim=base.dit.out_dim, image_tokens=images,
-            image_dim=vision.dim if vision else base.dit.image_dim, image_positions=base.dit.image_positions,
-        ),
+        dit=dit,
         vae=dataclasses.replace(base.vae, **_TINY_VAE[base.vae.version]),
         text=UMT5Config(vocab_size=384, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2),
         clip=vision,
+        sound=sound,
     )  # fmt: skip
 
 
@@ -242,8 +274,8 @@ def random_folder(
             yield name, dims, dtype, functools.partial(_random, rng, name, dims, dtype)
 
     write_folder(spec, target, layout, layouts.spec_parts(spec), tensors, say)
-    folder = layouts.TOKENIZER_OFFICIAL if layout == "official" else layouts.DIFFUSERS_FOLDERS["tokenizer"]
-    (write_tokenizer or tiny_tokenizer(spec.text.vocab_size))(Path(target) / folder)
+    folder = part_path(spec, Path(target), layout, "tokenizer")
+    (write_tokenizer or tiny_tokenizer(spec.text.vocab_size))(folder)
 
 
 def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

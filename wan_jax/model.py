@@ -2,7 +2,7 @@
 
 ``load("wan2.1-t2v-1.3b")`` resolves a name, a hub repository or a folder of any layout. Networks are plain pytrees:
 ``model.dit``, ``model.vae``, ``model.text_encoder``, ``model.image_encoder``; two-expert models also have
-``model.dit_low``.
+``model.dit_low``, models with sound ``model.audio_vae`` and ``model.vocoder``.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wan_jax.checkpoint import abstract, restore_params
-from wan_jax.config import ModelSpec, find_model
+from wan_jax.config import FusionConfig, ModelSpec, find_model
 from wan_jax.errors import InputError
+from wan_jax.models.audio_vae import AudioVAE
 from wan_jax.models.clip import CLIPVision
 from wan_jax.models.dit import DiT
+from wan_jax.models.fusion import Fusion
 from wan_jax.models.umt5 import UMT5
 from wan_jax.models.vae import VAE
+from wan_jax.models.vocoder import BigVGAN
 from wan_jax.parallel import memory_budget
 from wan_jax.text import Tokenizer
 from wan_jax.weights import layouts
@@ -41,15 +44,13 @@ DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 def build(part: str, spec: ModelSpec, dtype: Any) -> Any:
     """Abstract evaluation of one network: shapes and dtypes of every parameter, no memory.
 
-    The VAE and CLIP are float32 whatever ``dtype`` is: small, and the quality of the picture hangs on them.
+    Both VAEs, CLIP and the vocoder are float32 whatever ``dtype`` is: small, and the quality hangs on them.
     """
     cfg = layouts.network_config(spec, part)
-    make = {
-        "vae": lambda: VAE(cfg, rngs=nnx.Rngs(0)),
-        "text_encoder": lambda: UMT5(cfg, dtype=dtype, rngs=nnx.Rngs(0)),
-        "image_encoder": lambda: CLIPVision(cfg, rngs=nnx.Rngs(0)),
-    }.get(part, lambda: DiT(cfg, dtype=dtype, rngs=nnx.Rngs(0)))
-    return abstract(make)
+    kinds = {"vae": VAE, "text_encoder": UMT5, "image_encoder": CLIPVision, "audio_vae": AudioVAE, "vocoder": BigVGAN}
+    kind = kinds.get(part) or (Fusion if isinstance(cfg, FusionConfig) else DiT)
+    precision = {} if kind in (VAE, CLIPVision, AudioVAE, BigVGAN) else {"dtype": dtype}
+    return abstract(lambda: kind(cfg, **precision, rngs=nnx.Rngs(0)))
 
 
 def num_bytes(module: Any) -> int:
@@ -88,7 +89,7 @@ class Model:
         return self.files.networks
 
     @property
-    def dit(self) -> DiT:
+    def dit(self) -> DiT | Fusion:
         """The diffusion transformer; of two experts the high-noise one."""
         return self.network("dit")
 
@@ -108,6 +109,14 @@ class Model:
     @property
     def image_encoder(self) -> CLIPVision:
         return self.network("image_encoder")
+
+    @property
+    def audio_vae(self) -> AudioVAE:
+        return self.network("audio_vae")
+
+    @property
+    def vocoder(self) -> BigVGAN:
+        return self.network("vocoder")
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -131,6 +140,7 @@ class Model:
     def _load(self, part: str) -> Any:
         self.files.require(part)
         path, shape = self.files.parts[part], build(part, self.spec, self.dtype)
+        cfg = layouts.network_config(self.spec, part)
         network = "dit" if part == "dit_low" else part
         log.info("loading %s (%.2f GB) from %s", part, num_bytes(shape) / 1e9, path)
         if self.files.layout == "orbax":
@@ -139,12 +149,12 @@ class Model:
             with layouts.open_part(part, path) as source:
                 module = fill(
                     shape,
-                    layouts.table(part, layouts.network_config(self.spec, part)),
+                    layouts.table(part, cfg),
                     source,
                     network=network,
                     layout=self.files.layout,
                     mesh=self.mesh,
-                    ignore=layouts.ignored(part, self.files.layout),
+                    ignore=layouts.ignored(part, cfg, self.files.layout),
                     what=str(path),
                 )
         for lora in self.loras:

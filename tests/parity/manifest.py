@@ -52,8 +52,9 @@ def check_manifest(config: dict, tensors: dict) -> None:
         keys = expand(entry)
         assert len(keys) == entry["num_tensors"]
         module = build(part, spec, jnp.bfloat16)
-        rows = layouts.table(part, layouts.network_config(spec, part))
-        coverage = check(module, rows, keys, ignore=layouts.ignored(part, "official"))
+        cfg = layouts.network_config(spec, part)
+        rows = layouts.table(part, cfg)
+        coverage = check(module, rows, keys, ignore=layouts.ignored(part, cfg, "official"))
         assert not coverage.faults, (name, coverage.faults[:5])
         used = {key: keys[key].shape for key in coverage.used}
         exported = {key: shape for key, shape, _, _ in export(module, rows, layout="official")}

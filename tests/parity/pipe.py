@@ -28,7 +28,7 @@ def _build(part: str, make, cfg, tensors: dict[str, np.ndarray]):
     prefix = {"dit": "dit.", "vae": "vae.", "image_encoder": "clip."}[part]
     shape = abstract(lambda: make(cfg, rngs=nnx.Rngs(0)))
     return fill(
-        shape, layouts.table(part, cfg), params(tensors, prefix), network=part, ignore=layouts.ignored(part, "official")
+        shape, layouts.table(part, cfg), params(tensors, prefix), network=part, ignore=layouts.ignored(part, cfg, "official")
     )
 
 

@@ -24,7 +24,7 @@ from wan_jax.weights import hub
 
 TOKEN = "hf_planted_secret"
 REPO = "Wan-AI/Wan2.1-T2V-1.3B"
-WANTED = hub.repository("wan2.1-t2v-1.3b")
+WANTED = hub.repositories("wan2.1-t2v-1.3b")[0]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NEEDED = {"config.json", WEIGHTS, "Wan2.1_VAE.pth", "google/umt5-xxl/tokenizer.json"}
 
@@ -431,8 +431,8 @@ def test_local_folders_and_files(tmp_path):
 
 def test_names_of_both_layouts():
     official, diffusers = (
-        hub.repository("WAN2.2-T2V-A14B"),
-        hub.repository("wan-ai/wan2.2-t2v-a14b-diffusers"),
+        hub.repositories("WAN2.2-T2V-A14B")[0],
+        hub.repositories("wan-ai/wan2.2-t2v-a14b-diffusers")[0],
     )
     assert official.repo_id == "Wan-AI/Wan2.2-T2V-A14B" and "high_noise_model/*" in official.patterns
     assert diffusers.repo_id == "Wan-AI/Wan2.2-T2V-A14B-Diffusers" and "transformer*/*" in diffusers.patterns

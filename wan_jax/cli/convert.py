@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-NETWORKS = ("dit", "dit_low", "vae", "text_encoder", "image_encoder")
-TINY = ("t2v", "i2v", "flf2v", "ti2v", "t2v-moe", "i2v-moe")
+NETWORKS = ("dit", "dit_low", "vae", "text_encoder", "image_encoder", "audio_vae", "vocoder")
+TINY = ("t2v", "i2v", "flf2v", "ti2v", "t2v-moe", "i2v-moe", "ovi", "r2av", "wan2.6")
 EPILOG = """\
 examples:
   wan-jax convert check  Wan2.1-T2V-1.3B                           every key used once, every parameter filled once

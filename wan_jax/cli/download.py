@@ -18,11 +18,12 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    repository = hub.repository(args.name)
     if args.dry_run:
-        print(_listing(hub.plan(repository, revision=args.revision)))
+        for i, repository in enumerate(hub.repositories(args.name)):
+            print(_listing(hub.plan(repository, revision=None if i else args.revision)))
     else:
-        print(hub.resolve(repository, revision=args.revision, offline=args.offline or None))
+        hub.repositories(args.name)  # a published model, and not a folder that has its name
+        print(hub.resolve(args.name, revision=args.revision, offline=args.offline or None))
     return 0
 
 

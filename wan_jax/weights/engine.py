@@ -59,11 +59,20 @@ class Row(NamedTuple):
 LAYOUTS = ("official", "diffusers")
 
 
+def _same(x: Array) -> Array:
+    return x
+
+
 class Transform(NamedTuple):
-    """``load`` turns the source array into ours; ``save`` inverts it, given the row's source shape if it has one."""
+    """``load`` turns the source array into ours; ``save`` inverts it, given the row's source shape if it has one.
+
+    Both only move axes. ``fold`` changes values, in our layout and behind ``load``; ``unfold`` inverts it.
+    """
 
     load: Callable[[Array], Array]
     save: Callable[[Array, tuple[int, ...] | None], Array]
+    fold: Callable[[Array], Array] = _same
+    unfold: Callable[[Array], Array] = _same
 
 
 def _reshape(x: Array, shape: tuple[int, ...] | None) -> Array:
@@ -75,20 +84,39 @@ def _patch_out(x: Array, shape: tuple[int, ...] | None) -> Array:
     return np.moveaxis(x.reshape(*patch, channels, -1), (-1, -2), (0, 1))
 
 
-_KEEP = Transform(lambda x: x, _reshape)
+def _unit_filters(w: Array) -> Array:
+    """Filters [size, in, out] as the audio VAE applies them: a root mean square r gives the norm r / (1e-4 + r)."""
+    w, root = w.astype(np.float64), math.sqrt(math.prod(w.shape[:-1]))
+    return w / (1e-4 + np.linalg.norm(w, axis=(0, 1)) / root) / root
+
+
+def _free_filters(w: Array) -> Array:
+    """Filters that `_unit_filters` turns into these; what it never gives, a norm of one or more, is shortened."""
+    w, root = w.astype(np.float64), math.sqrt(math.prod(w.shape[:-1]))
+    norm, longest = np.linalg.norm(w, axis=(0, 1)), 1 - 1e-8  # closer to one than float32 can tell
+    return w * (longest / np.maximum(norm, longest)) * root * 1e-4 / (1 - np.minimum(norm, longest))
+
+
+_KEEP = Transform(_same, _reshape)
 # [out, in, ...] <-> [..., in, out]: matrices and convolutions of any rank.
 _CONV = Transform(
     lambda x: np.moveaxis(x, (0, 1), (-1, -2)), lambda x, shape: np.moveaxis(x, (-1, -2), (0, 1))
 )
+_UNIT_CONV = Transform(_CONV.load, _CONV.save, _unit_filters, _free_filters)
+# [in, out, size] <-> [size, in, out]: an upsampling convolution.
+_TRANSPOSED = Transform(lambda x: np.moveaxis(x, -1, 0), lambda x, shape: np.moveaxis(x, 0, -1))
 # [out, in, *patch] <-> matrix [patch * in, out], channels fastest.
 _PATCH = Transform(lambda x: np.moveaxis(x, (0, 1), (-1, -2)).reshape(-1, x.shape[0]), _patch_out)
 # kind -> (our leaf, source leaf, transform); leaves that our module does not have are skipped. "" is the name itself.
 KINDS: dict[str, tuple[tuple[str, str, Transform], ...]] = {
     "linear": (("kernel", "weight", _CONV), ("bias", "bias", _KEEP)),
     "conv": (("kernel", "weight", _CONV), ("bias", "bias", _KEEP)),
+    "unit_conv": (("kernel", "weight", _UNIT_CONV),),
+    "transposed_conv": (("kernel", "weight", _TRANSPOSED), ("bias", "bias", _KEEP)),
     "patch": (("kernel", "weight", _PATCH), ("bias", "bias", _KEEP)),
     "norm": (("weight", "weight", _KEEP), ("bias", "bias", _KEEP)),
     "gamma": (("gamma", "gamma", _KEEP),),
+    "snake": (("alpha", "alpha", _KEEP), ("beta", "beta", _KEEP)),
     "embed": (("embedding", "weight", _KEEP),),
     "array": (("", "", _KEEP),),
 }
@@ -210,7 +238,7 @@ def piece_shape(leaf: Leaf) -> tuple[int, ...]:
     """Shape of one piece in our layout."""
     first = leaf.pieces[0]
     shape = leaf.shape if first.layer is None else leaf.shape[1:]
-    return (*shape[:-1], shape[-1] // first.parts)
+    return (*shape[:-1], shape[-1] // first.parts) if shape else shape
 
 
 def _loaded_shape(shape: tuple[int, ...], leaf: Leaf) -> tuple[int, ...]:
@@ -276,7 +304,7 @@ def _read(leaf: Leaf, source: Mapping[str, Any], bounds: tuple[tuple[int, int], 
             block = block[..., a - start : b - start]
             inner[-1] = a - first, b - first
         tensor = source[piece.source]
-        ours = leaf.transform.load(_host_array(tensor)).reshape(shape)
+        ours = leaf.transform.fold(leaf.transform.load(_host_array(tensor)).reshape(shape))
         _copy(block, ours[tuple(slice(*bound) for bound in inner)])
         if hasattr(tensor, "release"):
             tensor.release()
@@ -357,6 +385,7 @@ def export(
                 value = np.asarray(value if piece.layer is None else value[piece.layer])
                 if piece.parts > 1:
                     value = np.split(value, piece.parts, axis=-1)[piece.part]
-                return np.ascontiguousarray(leaf.transform.save(value, leaf.source_shape).astype(out_dtype, copy=False))
+                theirs = leaf.transform.save(leaf.transform.unfold(value), leaf.source_shape)
+                return np.asarray(theirs, out_dtype, order="C")
 
             yield piece.source, shape, out_dtype, produce

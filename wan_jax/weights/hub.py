@@ -45,11 +45,15 @@ _RETRY_SECONDS = 0.5  # doubled at each of them
 
 @dataclass(frozen=True)
 class Repository:
-    """A hub repository ``owner/name``, the patterns of the files needed, and the licence to show once."""
+    """A hub repository ``owner/name``, the patterns of the files needed, and the licence to show once.
+
+    ``folder`` is its name beside the others of a model whose parts come from several repositories.
+    """
 
     repo_id: str
     patterns: tuple[str, ...] = ("*",)
     licence: str = ""
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,7 @@ class Record:
 
     @staticmethod
     def path(repo_id: str) -> Path:
-        home = Path(os.environ.get("WAN_JAX_HOME") or "~/.cache/wan_jax").expanduser()
-        return home / "hub" / f"{repo_id.replace('/', '--')}.json"
+        return _home() / "hub" / f"{repo_id.replace('/', '--')}.json"
 
     @classmethod
     def read(cls, repo_id: str) -> Record | None:
@@ -127,16 +130,24 @@ class Plan:
         return [name for name in present if known.get(self.files[name].digest) != _stamp(self.folder / name)]
 
 
-def repository(name: str) -> Repository:
-    """Return the repository of a published model, by model name or by hub id (official or diffusers layout).
+def repositories(name: str) -> tuple[Repository, ...]:
+    """Return the repositories of a published model, by model name or by hub id (official or diffusers layout).
 
     Raises:
-      InputError: not in the table of published models; the text has the nearest names.
+      InputError: not in the table of published models (the text has the nearest names), or without weights.
     """
     spec = find_model(name)
+    if not spec.repository:
+        raise InputError(f"{spec.name} has no published weights: give the folder of a model trained by you")
     if name.lower() == spec.diffusers_repository.lower():
-        return Repository(spec.diffusers_repository, DIFFUSERS_FILES, spec.licence)
-    return Repository(spec.repository, OFFICIAL_FILES, spec.licence)
+        return (Repository(spec.diffusers_repository, DIFFUSERS_FILES, spec.licence),)
+    if not spec.companions:
+        return (Repository(spec.repository, OFFICIAL_FILES, spec.licence),)
+    path = PurePosixPath(spec.file)
+    main = Repository(spec.repository, (path.name,), spec.licence, path.parent.name)
+    return main, *(
+        Repository(repo_id, patterns, spec.licence, repo_id.split("/")[1]) for repo_id, patterns in spec.companions
+    )
 
 
 def resolve(
@@ -151,7 +162,8 @@ def resolve(
     """Return the folder that holds a checkpoint; download first what is missing of it.
 
     Args:
-      source: a local folder (returned as it is), a name that ``repository`` knows, or a ``Repository``.
+      source: a local folder (returned as it is), the file of a model with sound in one, a name that
+        ``repositories`` knows, or a ``Repository``.
       revision: branch, tag or commit; it replaces the recorded one, and that is logged. Default: the recorded
         one, or ``main`` at the first download.
       offline: use only what the cache holds. Default: whether ``HF_HUB_OFFLINE`` is set.
@@ -167,14 +179,20 @@ def resolve(
     _warn_if_memory_is_short(needed_bytes)
     if not isinstance(source, Repository):
         path = Path(source).expanduser()
-        if path.is_dir():
+        if path.is_dir() or (path.is_file() and any(path.match(spec.file) for spec in MODELS.values() if spec.file)):
             return path
         if path.exists():
             raise CheckpointError(f"{path} is a file: expected the folder of a checkpoint, try {path.parent}")
         try:
-            source = repository(str(source))
+            parts = repositories(str(source))
         except InputError as error:
             raise InputError(f"no folder {str(source)!r} here, and {error}") from None
+        if len(parts) > 1:
+            options = dict(revision=revision, offline=offline, cache_dir=cache_dir, progress=progress)
+            # A revision is one repository's: that of the transformer, which is the first.
+            folders = [resolve(part, **options | ({"revision": None} if i else {})) for i, part in enumerate(parts)]
+            return _linked(find_model(str(source)).file, {p.folder: f for p, f in zip(parts, folders, strict=True)})
+        source = parts[0]
 
     from huggingface_hub import is_offline_mode
     from huggingface_hub.utils import WeakFileLock
@@ -203,6 +221,20 @@ def resolve(
                 _download(found, source.licence, progress)
             _verify(found)
     return found.folder
+
+
+def _linked(file: str, folders: dict[str, Path]) -> Path:
+    """The file in a folder of links to several snapshots: the folder that the official programs expect."""
+    root = _home() / "models"
+    for name, folder in folders.items():
+        link = root / name
+        if link.resolve() == folder.resolve():
+            continue
+        link.parent.mkdir(parents=True, exist_ok=True)
+        temporary = link.with_name(f"{name}.{os.getpid()}.tmp")
+        temporary.symlink_to(folder, target_is_directory=True)
+        temporary.replace(link)
+    return root / file
 
 
 def plan(source: Repository, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Plan:
@@ -394,6 +426,10 @@ def _explained(repo_id: str, storage: Path) -> Iterator[None]:
     except (OSError, ValueError) as error:
         fix = f"{error}: is there room, and permission to write, in {storage} and WAN_JAX_HOME?"
     raise CheckpointError(f"{repo_id}: {fix}") from None
+
+
+def _home() -> Path:
+    return Path(os.environ.get("WAN_JAX_HOME") or "~/.cache/wan_jax").expanduser()
 
 
 def _status(error: Exception) -> int:

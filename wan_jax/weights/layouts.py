@@ -8,27 +8,44 @@
 | text_encoder | models_t5_umt5-xxl-enc-bf16.pth | text_encoder/ | text_encoder/ |
 | image_encoder | models_clip_...pth | image_encoder/ | image_encoder/ |
 | tokenizer | google/umt5-xxl/ | tokenizer/ | tokenizer/ |
+| audio_vae, vocoder | MMAudio/ext_weights/ | - | audio_vae/, vocoder/ |
+
+Models with sound come as a folder of several repositories: the transformer is `ModelSpec.file`; its VAE, text encoder
+and tokenizer lie in Wan2.2-TI2V-5B/. There is no diffusers layout of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wan_jax.config import MODELS, CLIPConfig, DiTConfig, ModelSpec, UMT5Config, VAEConfig
+from wan_jax.config import MODELS, DiTConfig, FusionConfig, ModelSpec, from_json
 from wan_jax.errors import CheckpointError
-from wan_jax.weights.maps import clip, dit, umt5, vae
+from wan_jax.weights.fused import FusedWeights
+from wan_jax.weights.maps import audio_vae, clip, dit, fusion, umt5, vae, vocoder
 from wan_jax.weights.readers import open_checkpoint
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "wan_jax.json"
 VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 T5_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER_OFFICIAL = "google/umt5-xxl"
+# In a folder of several repositories.
+SOUND_PATHS = {
+    "vae": f"Wan2.2-TI2V-5B/{VAE_FILES[1]}",
+    "text_encoder": f"Wan2.2-TI2V-5B/{T5_FILE}",
+    "tokenizer": f"Wan2.2-TI2V-5B/{TOKENIZER_OFFICIAL}",
+    "image_encoder": f"Wan2.1-I2V-14B-480P/{CLIP_FILE}",
+    "audio_vae": "MMAudio/ext_weights/v1-16.pth",
+    "vocoder": "MMAudio/ext_weights/best_netG.pt",
+}
 DIT_STEM = "diffusion_pytorch_model"
 EXPERT_FOLDERS = {"dit": "high_noise_model", "dit_low": "low_noise_model"}
 DIFFUSERS_FOLDERS = {
@@ -36,7 +53,9 @@ DIFFUSERS_FOLDERS = {
     "image_encoder": "image_encoder", "tokenizer": "tokenizer",
 }  # fmt: skip
 SPEC_FIELDS = {"vae": "vae", "text_encoder": "text", "image_encoder": "clip"}  # part -> field of ModelSpec
-NETWORKS = ("dit", "dit_low", "vae", "text_encoder", "image_encoder")
+SOUND_FIELDS = {"audio_vae": "vae", "vocoder": "vocoder"}  # part -> field of SoundSpec
+MAPS = {"vae": vae, "text_encoder": umt5, "image_encoder": clip, "audio_vae": audio_vae, "vocoder": vocoder}
+NETWORKS = ("dit", "dit_low", *MAPS)
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,7 @@ class Files:
 def spec_parts(spec: ModelSpec) -> tuple[str, ...]:
     """Names of the networks of a model."""
     absent = {"dit_low": spec.num_experts == 1, "image_encoder": spec.clip is None}
+    absent |= dict.fromkeys(SOUND_FIELDS, spec.sound is None)
     return tuple(part for part in NETWORKS if not absent.get(part))
 
 
@@ -80,10 +100,17 @@ def read_json(path: Path) -> dict[str, Any]:
 def locate(folder: str | Path) -> Files:
     """Find out what a folder holds. Parts may be missing, but for the diffusion transformer; see `Files.require`.
 
+    Args:
+        folder: or, of models with sound, the transformer's file in it: a folder may hold several.
     Raises:
         CheckpointError: no known layout; names what was looked for and where.
     """
     folder = Path(folder)
+    with_sound = [spec for spec in MODELS.values() if spec.file]
+    if folder.is_file():
+        for spec in with_sound:
+            if folder.match(spec.file):
+                return _with_sound(folder.parents[len(Path(spec.file).parts) - 1], spec)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     if (folder / MANIFEST).is_file():
@@ -92,9 +119,15 @@ def locate(folder: str | Path) -> Files:
         return _diffusers(folder)
     if (folder / "config.json").is_file() or (folder / EXPERT_FOLDERS["dit"]).is_dir():
         return _official(folder)
+    if found := [spec for spec in with_sound if (folder / spec.file).is_file()]:
+        if len(found) > 1:
+            others = ", ".join(str(folder / spec.file) for spec in found[1:])
+            log.warning("%s: taking %s; name another file to take it: %s", folder, found[0].file, others)
+        return _with_sound(folder, found[0])
+    files = ", ".join(spec.file for spec in with_sound)
     raise CheckpointError(
-        f"{folder}: not a model folder. Looked for {MANIFEST} (Orbax layout), model_index.json (diffusers layout), and"
-        f" config.json or {EXPERT_FOLDERS['dit']}/ (official layout)"
+        f"{folder}: not a model folder. Looked for {MANIFEST} (Orbax layout), model_index.json (diffusers layout),"
+        f" config.json or {EXPERT_FOLDERS['dit']}/ (official layout), and {files} (with sound)"
     )
 
 
@@ -117,6 +150,25 @@ def _official(folder: Path) -> Files:
         if part in parts and parts[part].exists()
     }
     return Files(folder, "official", _find_spec(folder, config.get("model_type", "t2v"), two, dit_cfg, found), parts)
+
+
+def _with_sound(folder: Path, spec: ModelSpec) -> Files:
+    parts = {"dit": folder / spec.file} | {part: folder / name for part, name in SOUND_PATHS.items()}
+    parts = {part: path for part, path in parts.items() if part in (*spec_parts(spec), "tokenizer")}
+    config = parts["dit"].with_name("config.json")
+    stated = read_json(config) if config.is_file() else None
+    found = {
+        part: module.infer_config(part_shapes(part, parts[part]))
+        for part, module in MAPS.items()
+        if part in parts and parts[part].exists()
+    }
+    fields = {"dit": fusion.infer_config(part_shapes("dit", parts["dit"]), stated)}
+    fields |= {field: found[part] for part, field in SPEC_FIELDS.items() if part in found}
+    heard = {field: found[part] for part, field in SOUND_FIELDS.items() if part in found}
+    same = dataclasses.replace(spec, **fields, sound=dataclasses.replace(spec.sound, **heard))
+    if same != spec:  # other widths: the defaults of this kind
+        same = dataclasses.replace(same, name=folder.resolve().name, repository="", companions=(), licence="unknown")
+    return Files(folder, "official", same, parts)
 
 
 def _diffusers(folder: Path) -> Files:
@@ -145,7 +197,7 @@ def _diffusers(folder: Path) -> Files:
 def _orbax(folder: Path) -> Files:
     manifest = read_json(folder / MANIFEST)
     try:
-        spec = spec_from_json(manifest["spec"])
+        spec = from_json(ModelSpec, manifest["spec"])
         return Files(folder, "orbax", spec, {part: folder / part for part in (*spec_parts(spec), "tokenizer")})
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: not written by this program, or damaged: {error}") from error
@@ -159,27 +211,31 @@ def part_shapes(part: str, path: Path) -> dict[str, tuple[int, ...]]:
 
 def open_part(part: str, path: Path):
     """Open the tensors of one network (official or diffusers layout)."""
+    if part == "vocoder":
+        return FusedWeights(open_checkpoint(path))
     return open_checkpoint(path, stem=DIT_STEM) if part.startswith("dit") and path.is_dir() else open_checkpoint(path)
 
 
 def table(part: str, cfg: Any) -> list:
     """The name table of one network."""
-    if part.startswith("dit"):
-        return dit.rows(cfg)
-    if part == "vae":
-        return vae.rows(cfg)
-    return {"text_encoder": umt5, "image_encoder": clip}[part].rows(cfg)
+    return _map(part, cfg).rows(cfg)
 
 
-def ignored(part: str, layout: str) -> list[tuple[str, str]]:
+def ignored(part: str, cfg: Any, layout: str) -> list[tuple[str, str]]:
     """(pattern, reason) of source keys that a network does not use."""
-    module = {"dit": dit, "dit_low": dit, "vae": vae, "text_encoder": umt5, "image_encoder": clip}[part]
-    return getattr(module, "IGNORE", {}).get(layout, [])
+    return getattr(_map(part, cfg), "IGNORE", {}).get(layout, [])
+
+
+def _map(part: str, cfg: Any) -> Any:
+    return MAPS.get(part) or (fusion if isinstance(cfg, FusionConfig) else dit)
 
 
 def network_config(spec: ModelSpec, part: str) -> Any:
     """Architecture of one network of a model."""
-    cfg = getattr(spec, SPEC_FIELDS.get(part, "dit"))
+    if part in SOUND_FIELDS:
+        cfg = spec.sound and getattr(spec.sound, SOUND_FIELDS[part])
+    else:
+        cfg = getattr(spec, SPEC_FIELDS.get(part, "dit"))
     if cfg is None:
         raise CheckpointError(f"{spec.name} has no {part}")
     return cfg
@@ -217,18 +273,3 @@ def _find_spec(folder: Path, task: str, two: bool, dit_cfg: DiTConfig, found: Ma
     return dataclasses.replace(
         alike[0], name=folder.resolve().name, repository="", diffusers_repository="", licence="unknown", **networks
     )
-
-
-def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
-    return dataclasses.asdict(spec)
-
-
-def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
-    def tuples(value: Any) -> Any:
-        return tuple(tuples(v) for v in value) if isinstance(value, list) else value
-
-    fields = {name: tuples(value) for name, value in data.items()}
-    for name, kind in (("dit", DiTConfig), ("vae", VAEConfig), ("text", UMT5Config), ("clip", CLIPConfig)):
-        if fields[name] is not None:
-            fields[name] = kind(**{key: tuples(value) for key, value in fields[name].items()})
-    return ModelSpec(**fields)
