@@ -18,6 +18,7 @@ _PUBLIC = {
     "load": "wan_jax.model",
     "Model": "wan_jax.model",
     "generate": "wan_jax.pipeline",
+    "Reference": "wan_jax.references",
     "Clip": "wan_jax.media",
     "MODELS": "wan_jax.config",
     "find_model": "wan_jax.config",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from wan_jax.model import load as load
     from wan_jax.parallel import make_mesh as make_mesh
     from wan_jax.pipeline import generate as generate
+    from wan_jax.references import Reference as Reference
 
 
 def __getattr__(name: str) -> Any:

@@ -219,6 +219,7 @@ class VoiceConfig:
     num_layers: int = 4
     num_heads: int = 8
     max_references: int = 5
+    seconds: float = 4.0  # of each voice; a shorter one is looped
 
 
 @dataclass(frozen=True)
@@ -323,8 +324,17 @@ class ModelSpec:
     def num_params(self) -> int:
         return self.num_experts * self.dit.num_params()
 
+    @property
+    def takes_references(self) -> bool:
+        return self.task == "r2av"
+
+    @property
+    def needs_references(self) -> bool:
+        """Only the adapters of the ``wan2.6`` family were trained to do without."""
+        return self.takes_references and self.dit.identity is None
+
     def takes_image(self) -> bool:
-        return self.task not in ("t2v", "r2av")
+        return self.task != "t2v" and not self.needs_references
 
 
 _480P = ((832, 480), (480, 832))

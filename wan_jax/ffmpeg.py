@@ -1,4 +1,4 @@
-"""Video files through the ffmpeg program that imageio-ffmpeg carries. `wan_jax.media` is the only user.
+"""Video and sound files through the ffmpeg program that imageio-ffmpeg carries. `wan_jax.media` is the only user.
 
 Files to read are not trusted. The container is told by its first bytes, and ffmpeg is held to that demuxer (a
 playlist named .mp4 would otherwise open other files), to local reads, a frame size and a time limit.
@@ -7,8 +7,10 @@ playlist named .mp4 would otherwise open other files), to local reads, a frame s
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,8 +27,16 @@ _MAGIC = {  # ffmpeg's demuxer -> first bytes
     "matroska": rb"\x1a\x45\xdf\xa3",
     "avi": rb"RIFF.{4}AVI ",
     "gif": rb"GIF8[79]a",
+    "wav": rb"RIFF.{4}WAVE",
+    "flac": rb"fLaC",
+    "ogg": rb"OggS",
+    "mp3": rb"ID3|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]",
 }
+MOVIES = ("mov", "matroska", "avi")  # may hold picture and sound
+VIDEO = (*MOVIES, "gif")
+SOUND = (*MOVIES, "wav", "flac", "ogg", "mp3")
 _SCALE_FLAGS = "flags=accurate_rnd+full_chroma_int"
+_MAX_SOUND_BYTES = 64_000_000  # decoded; 40 s at 384 kHz
 _READ_TIMEOUT = 120  # seconds; the largest clips that `media.read_video` accepts take about 10
 
 
@@ -43,11 +53,20 @@ class Probe(NamedTuple):
     num_samples: int  # decoded
 
 
-def container(path: Path) -> str | None:
+class Sound(NamedTuple):
+    """The start of a sound track, and what the file claims of it."""
+
+    audio: np.ndarray  # float32 [n], mixed to mono
+    sample_rate: int
+    duration: float | None  # seconds, of the whole file
+    alone: bool  # in its file: no picture, so the duration is that of the sound
+
+
+def container(path: Path, among: Iterable[str] = VIDEO) -> str | None:
     """ffmpeg's name of the container that ``path`` is, or None."""
     with path.open("rb") as file:
         head = file.read(16)
-    return next((name for name, magic in _MAGIC.items() if re.match(magic, head, re.DOTALL)), None)
+    return next((name for name in among if re.match(_MAGIC[name], head, re.DOTALL)), None)
 
 
 def probe(path: Path, *, decode_all: bool = False) -> Probe:
@@ -62,18 +81,18 @@ def probe(path: Path, *, decode_all: bool = False) -> Probe:
     text = listing.decode("ascii", "replace")
     head = dict(re.findall(r"^#(\w+ \d): (.+)$", text, re.MULTILINE))
     rows = [[int(number) for number in row.split(",")[:4]] for row in text.splitlines() if row[:1].isdigit()]
-    clock = re.search(r"^  Duration: (\d+):(\d+):(\d+\.\d+)", log, re.MULTILINE)
     try:
         width, height = map(int, head["dimensions 0"].split("x"))
         fps = 1 / Fraction(head["tb 0"])
-        hours, minutes, seconds = map(float, clock.groups())
-    except (AttributeError, KeyError, ValueError, ZeroDivisionError) as error:
+        if (duration := _stated_duration(log)) is None:
+            raise ValueError("no duration")
+    except (KeyError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"{path} does not state its size, rate and duration: convert it to mp4") from error
     return Probe(
         width=width,
         height=height,
         fps=fps,
-        duration=hours * 3600 + minutes * 60 + seconds,
+        duration=duration,
         channels=1 if head.get("channel_layout_name 1") == "mono" else 2,
         sample_rate=int(head["sample_rate 1"]) if "sample_rate 1" in head else None,
         num_frames=sum(row[0] == 0 for row in rows),
@@ -102,6 +121,23 @@ def decode(path: Path, found: Probe, num_frames: int) -> tuple[np.ndarray, np.nd
     audio = np.zeros((round(duration * found.sample_rate), found.channels), np.float32)
     audio[: len(heard)] = heard[: len(audio)]
     return video, audio[:, 0] if found.channels == 1 else audio
+
+
+def decode_sound(path: Path, seconds: float) -> Sound:
+    """The first sound track up to ``seconds``, at its own rate. Source of the header: Sun's AU format."""
+    # Left alone, ffmpeg mixes floats by power and stereo gains 3 dB.
+    mix = ["-af", "aresample=ochl=mono:rematrix_maxval=1"]
+    output = ["-map", "0:a:0", "-t", f"{seconds:f}", "-fs", str(_MAX_SOUND_BYTES), *mix, "-c:a", "pcm_f32be"]
+    try:
+        data, log = _read(path, "-loglevel", "info", *output, "-f", "au", "pipe:1", sound=True)
+    except InputError as error:
+        if "matches no streams" in str(error):
+            raise InputError(f"{path} has no sound track: give a file that has one") from error
+        raise
+    _, start, _, _, sample_rate, _ = struct.unpack(">4s5I", data[:24])
+    audio = np.frombuffer(data, ">f4", offset=start).astype(np.float32)
+    alone = not re.search(r"^  Stream #0:\d+.*: Video:", log, re.MULTILINE)
+    return Sound(audio, sample_rate, _stated_duration(log), alone)
 
 
 def read_comment(path: Path) -> str:
@@ -148,14 +184,21 @@ def write_mp4(path: Path, clip: Clip, *, comment: str, crf: int, preset: str) ->
         raise WanError(f"the mp4 reads back with {heard:.3f} s of sound, written were {written:.3f} s")
 
 
-def _read(path: Path, *args: str) -> tuple[bytes, str]:
-    if (kind := container(path)) is None:
-        raise InputError(f"{path} is not an mp4, mov, mkv, webm, avi or gif file: convert it to mp4")
+def _stated_duration(log: str) -> float | None:
+    clock = re.search(r"^  Duration: (\d+):(\d+):(\d+\.\d+)", log, re.MULTILINE)
+    return sum(float(part) * unit for part, unit in zip(clock.groups(), (3600, 60, 1), strict=True)) if clock else None
+
+
+def _read(path: Path, *args: str, sound: bool = False) -> tuple[bytes, str]:
+    good = "wav" if sound else "mp4"
+    if (kind := container(path, SOUND if sound else VIDEO)) is None:
+        others = ", m4a, wav, flac, mp3, ogg or opus" if sound else " or gif"
+        raise InputError(f"{path} is not an mp4, mov, mkv, webm, avi{others} file: convert it to {good}")
     limits = ["-protocol_whitelist", "file,pipe", "-format_whitelist", kind, "-max_pixels", "64000000"]
     try:
         return _run(*limits, "-f", kind, "-i", f"file:{path}", *args, timeout=_READ_TIMEOUT)
     except subprocess.TimeoutExpired as error:
-        raise InputError(f"{path} took over {_READ_TIMEOUT} s to decode: convert it to mp4") from error
+        raise InputError(f"{path} took over {_READ_TIMEOUT} s to decode: convert it to {good}") from error
     except WanError as error:
         raise InputError(f"{path} cannot be decoded, get an intact copy or remake it: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Pictures, video and sound in and out of files: `read_image`, `read_video`, `Clip`, `save`, `read_settings`.
+"""Pictures, video and sound in and out of files: `read_image`, `read_video`, `read_audio`, `Clip`, `save`.
 
 What is read is not trusted: formats are an explicit list, sizes are checked before anything is decoded. What
 is written appears under its final name only when it is complete and has been read back.
@@ -70,12 +70,8 @@ class Clip:
             raise InputError(f"fps={self.fps}: need 0.1 to 240, for example 16")
         if (audio is None) != (self.sample_rate is None):
             raise InputError("audio and sample_rate: give both or neither")
-        if audio is None:
-            return
-        if audio.dtype != np.float32 or audio.shape[1:] not in ((), (1,), (2,)) or not audio.size:
-            raise InputError(f"audio is {audio.dtype} {list(audio.shape)}: need float32 [n] or [n, 1 or 2]")
-        if not (peak := float(np.abs(audio).max())) <= 1:  # so written, NaN fails too
-            raise InputError(f"audio has a peak of {peak:.3g}: need [-1, 1], so scale or clip it")
+        if audio is not None:
+            check_audio("audio", audio)
 
     @property
     def num_frames(self) -> int:
@@ -94,6 +90,14 @@ class Clip:
         with tempfile.TemporaryDirectory() as folder:
             data = base64.b64encode(self.save(Path(folder, "clip.mp4")).read_bytes()).decode()
         return f'<video controls loop src="data:video/mp4;base64,{data}"></video>'
+
+
+def check_audio(name: str, audio: np.ndarray) -> None:
+    """Refuse all but float32 [n] or [n, 1 or 2] in [-1, 1]."""
+    if audio.dtype != np.float32 or audio.shape[1:] not in ((), (1,), (2,)) or not audio.size:
+        raise InputError(f"{name} is {audio.dtype} {list(audio.shape)}: need float32 [n] or [n, 1 or 2]")
+    if not (peak := float(np.abs(audio).max())) <= 1:  # so written, NaN fails too
+        raise InputError(f"{name} has a peak of {peak:.3g}: need [-1, 1], so scale or clip it")
 
 
 # ---- in ----------------------------------------------------------------------------------------------------
@@ -140,6 +144,7 @@ def read_video(
     max_duration: float = 30,
     max_pixels: int = 500_000_000,
     max_bytes: int = 100_000_000,
+    thin: bool = False,
 ) -> Clip:
     """The first picture and sound tracks of an mp4, mov, mkv, webm, avi or gif file.
 
@@ -150,6 +155,7 @@ def read_video(
         max_frames: read only this many frames from the start.
         max_duration, max_pixels, max_bytes: limits of the stated length in seconds, of frames x height x
             width to be read, and of the file's size; checked before decoding.
+        thin: keep to ``max_pixels`` by a lower frame rate, instead of refusing.
 
     Returns:
         The clip, with the settings of `read_settings` if there are any.
@@ -165,7 +171,11 @@ def read_video(
         raise InputError(f"{path} lasts {found.duration:.1f} s, the limit is {max_duration} s: cut it first")
     num_frames = math.ceil((found.duration + 0.01) * found.fps)  # durations are stated to 0.01 s
     num_frames = min(num_frames, max_frames or num_frames)
-    if num_frames * found.height * found.width > max_pixels:
+    fitting = max_pixels // (found.height * found.width)
+    if thin and 0 < fitting < num_frames:
+        rate = (found.fps * fitting / num_frames).limit_denominator(1001)
+        found, num_frames = found._replace(fps=rate), fitting
+    if num_frames > fitting:
         got, limit = f"{num_frames} frames of {found.width}x{found.height}", f"{max_pixels / 1e6:.0f} Mpixel"
         raise InputError(f"{path} has {got}, the limit is {limit} in all: shrink it or use max_frames")
     video, audio = ffmpeg.decode(path, found, num_frames)
@@ -174,6 +184,61 @@ def read_video(
     with suppress(InputError):
         settings = read_settings(path)
     return Clip(video, float(found.fps), audio, found.sample_rate, settings)
+
+
+def read_audio(
+    path: str | Path,
+    *,
+    sample_rate: int = 16_000,
+    max_duration: float = 30,
+    max_bytes: int = 15_000_000,
+) -> np.ndarray:
+    """The sound of a wav, flac, mp3, ogg or opus file, or the first sound track of an m4a, mp4, mov, mkv, webm or avi.
+
+    Args:
+        sample_rate: samples per second of the result; see `resample`.
+        max_duration, max_bytes: limits of the length in seconds and of the file's size. No more than a second beyond
+            the limit is ever decoded, whatever the file states.
+
+    Returns:
+        float32 [n] in [-1, 1], channels mixed to one.
+
+    Raises:
+        InputError: missing, of another container (playlists too), damaged or cut off, without sound, or over a limit.
+            An ogg file that was cut off between two pages is not recognised.
+    """
+    path = _existing_file(path, max_bytes)
+    found = ffmpeg.decode_sound(path, max_duration + 1)
+    heard = len(found.audio) / found.sample_rate
+    stated = heard if found.duration is None else found.duration
+    if max(heard, stated) > max_duration:
+        raise InputError(f"{path} lasts {max(heard, stated):.1f} s, the limit is {max_duration} s: cut it first")
+    if not heard or found.alone and stated - heard > 0.25:  # codecs and headers disagree by frames of up to 0.1 s
+        raise InputError(f"{path} states {stated:.2f} s of sound and holds {heard:.2f} s: get an intact copy")
+    if not np.isfinite(found.audio).all():
+        raise InputError(f"{path} holds samples that are not finite: get an intact copy")
+    return resample(found.audio, found.sample_rate, sample_rate)
+
+
+def resample(audio: np.ndarray, sample_rate: int, to: int = 16_000) -> np.ndarray:
+    """float32 [n] or [n, channels] as mono [n] at another rate, clipped to [-1, 1].
+
+    Band-limited: what the new rate cannot hold is removed, not folded back (soxr's high quality, through librosa).
+    """
+    if not 4000 <= sample_rate <= 384_000:
+        raise InputError(f"sample_rate={sample_rate}: need 4000 to 384000, for example {to}")
+    mono = audio.mean(axis=1) if audio.ndim == 2 else audio
+    if sample_rate != to:
+        import librosa
+
+        mono = librosa.resample(mono, orig_sr=sample_rate, target_sr=to, res_type="soxr_hq")
+    return mono.clip(-1, 1)
+
+
+def file_kind(path: str | Path) -> str:
+    """"image", "video" or "sound", by the first bytes. Moving gifs count as images, sound in mp4 (m4a) as video."""
+    kind = ffmpeg.container(_existing_file(path, max_bytes=sys.maxsize), ffmpeg.SOUND)
+    return "image" if kind is None else "video" if kind in ffmpeg.MOVIES else "sound"
 
 
 def to_unit(image_u8: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ import numpy as np
 import wan_jax
 from wan_jax.conditions import (
     Condition,
+    compiled,
     crop_to_aspect,
     encode_image,
     encode_text,
@@ -28,14 +29,27 @@ from wan_jax.conditions import (
 from wan_jax.errors import InputError, OutOfMemoryError
 from wan_jax.media import Clip, read_image
 from wan_jax.model import Model
+from wan_jax.models.fusion import STREAMS
 from wan_jax.models.vae import to_uint8
 from wan_jax.parallel import compiler_options, use_mesh
-from wan_jax.request import Request, array_hash, resolve
+from wan_jax.references import CONSENT, Reference, letterbox, resolve_references
+from wan_jax.request import Request, SoundRequest, array_hash, resolve
 from wan_jax.resume import Resume
 from wan_jax.sampling.guidance import classifier_free, expert_steps, guided
 from wan_jax.sampling.sampler import Progress, Velocity, make_steps, sample, start
 from wan_jax.sampling.schedule import make_schedule
 from wan_jax.sampling.solvers import State
+from wan_jax.sound import (
+    SoundCondition,
+    decode_audio,
+    encode_identities,
+    encode_pictures,
+    encode_speakers,
+    encode_voices,
+    fusion_velocity,
+    guidance_passes,
+    reference_times,
+)
 from wan_jax.weights.layouts import spec_parts
 
 Array = jax.Array
@@ -71,20 +85,30 @@ def dit_velocity(guidance: str) -> Velocity:
     return velocity
 
 
-def latent_shape(model: Model, request: Request) -> tuple[int, int, int, int, int]:
-    """[1, t, h, w, z] of the latents of one clip."""
-    vae = model.spec.vae
+def latent_shape(model: Model, request: Request) -> Any:
+    """[1, t, h, w, z] of the latents of one clip; with sound a dictionary of "video" and "audio" [1, a, z]."""
+    vae, sound = model.spec.vae, request.sound
     frames = (request.num_frames - 1) // vae.temporal_stride + 1
-    return 1, frames, request.height // vae.spatial_stride, request.width // vae.spatial_stride, vae.z_dim
+    video = 1, frames, request.height // vae.spatial_stride, request.width // vae.spatial_stride, vae.z_dim
+    if sound is None:
+        return video
+    audio = 1, sound.num_latents, model.spec.sound.vae.z_dim
+    return {stream: shape for stream, shape in (("video", video), ("audio", audio)) if getattr(sound, stream)}
 
 
-def noise(model: Model, request: Request, seed: int) -> Array:
+def noise(model: Model, request: Request, seed: int) -> Any:
     """Standard normal noise of a seed: the same on every mesh and platform."""
-    return jax.random.normal(jax.random.key(seed), latent_shape(model, request))
+    key, shape = jax.random.key(seed), latent_shape(model, request)
+    if request.sound is None:
+        return jax.random.normal(key, shape)
+    keys = dict(zip(STREAMS, jax.random.split(key), strict=True))
+    return {stream: jax.random.normal(keys[stream], shape[stream]) for stream in shape}
 
 
-def encode(model: Model, request: Request) -> Condition:
+def encode(model: Model, request: Request) -> Condition | SoundCondition:
     """Run the encoders. With ``model.offload`` each is freed when done."""
+    if request.sound is not None:
+        return _encode_with_sound(model, request, request.sound)
     text = _text_features(model, [request.prompt] + [request.negative_prompt] * (request.guidance != "none"))
     if request.image is None:
         return Condition(text)
@@ -112,6 +136,40 @@ def encode(model: Model, request: Request) -> Condition:
     return Condition(text, video_BTHWC=video, image_BIC=image)
 
 
+def _encode_with_sound(model: Model, request: Request, sound: SoundRequest) -> SoundCondition:
+    spec, references = model.spec, sound.references
+    negative = {"video": request.negative_prompt, "audio": sound.audio_negative_prompt}
+    scale = {"video": request.guidance_scale, "audio": sound.audio_guidance_scale}
+    shape = latent_shape(model, request)
+    guided = any(scale[stream] != 1 for stream in shape)
+    texts = [sound.caption, *(negative[stream] for stream in shape if guided)]
+    features = _text_features(model, texts)
+    text = {s: features[jnp.asarray([0, i] if guided else [0])] for i, s in enumerate(shape, 1)}
+    passes, weights = guidance_passes(
+        text, scale, image=sound.image_guidance, voice=sound.voice_guidance, skip=spec.sound.skip_layer
+    )
+    condition = SoundCondition(passes, weights)
+    if request.image is not None and sound.video:
+        picture = fit_picture(request.image, request.height, request.width)
+        first = compiled("first picture", lambda vae, video: vae.encode(video))(model.vae, picture[None, None])
+        pin, token_time = pin_first_frame(first, shape["video"], spec.dit.patch_size)
+        condition = condition._replace(pin={"video": pin}, token_time=token_time)
+    if references:
+        pictures = [letterbox(r.image, request.height, request.width) for r in references]
+        clean = {"video": encode_pictures(model.vae, pictures)}
+        if voices := [r.voice_second for r in references if r.voice is not None]:
+            clean["audio"] = encode_voices(model.audio_vae, voices, spec.sound.mel)
+        condition = condition._replace(references=clean)
+        if spec.dit.identity:
+            tokens = encode_identities(model.image_encoder, [r.image for r in references])
+            condition = condition._replace(identity_BRIC=tokens)
+            _free(model, "image_encoder")
+        if spec.dit.voice:
+            condition = condition._replace(voice=encode_speakers([r.voice for r in references], spec.dit.voice))
+    _free(model, "vae", "audio_vae")
+    return condition
+
+
 def _text_features(model: Model, prompts: Sequence[str]) -> Array:
     missing = [p for p in dict.fromkeys(prompts) if p not in model.prompt_cache]
     if missing:
@@ -124,33 +182,33 @@ def _text_features(model: Model, prompts: Sequence[str]) -> Array:
     return jnp.concatenate([model.prompt_cache[p] for p in prompts])
 
 
-def _free(model: Model, part: str) -> None:
+def _free(model: Model, *parts: str) -> None:
     if model.offload:
-        model.release(part)
+        model.release(*parts)
 
 
 def denoise(
     model: Model,
     request: Request,
-    condition: Condition,
-    noises: Sequence[Array],
+    condition: Condition | SoundCondition,
+    noises: Sequence[Any],
     *,
     segment: int | str = 1,
     callback: Callable[[int, Progress], None] | None = None,
     states: Mapping[int, tuple[int, State]] | None = None,
-) -> list[Array]:
+) -> list[Any]:
     """Sample every noise; of two experts each is loaded once for all of them.
 
     Args:
         callback: ``(index of the noise, progress)`` after each segment.
         states: index of a noise -> (steps done, solver state), to continue from. They are donated.
     Returns:
-        Final latents [1, t, h, w, z] per noise.
+        Final latents per noise, of its shape.
     """
     schedule = make_schedule(request.solver, request.num_steps, request.shift)
     high = expert_steps(schedule.timesteps, model.spec.boundary)
-    steps = make_steps(request.solver, schedule, request.guidance_per_step(schedule.timesteps, high))
-    velocity = dit_velocity(request.guidance)
+    velocity, guidance = _velocity(model, request, condition, schedule.timesteps, high)
+    steps = make_steps(request.solver, schedule, guidance)
     states = states or {}
     runs = [states[i] if i in states else (0, start(x, condition.pin)) for i, x in enumerate(noises)]
     for part, stop in (("dit", high), ("dit_low", request.num_steps)):
@@ -168,7 +226,37 @@ def denoise(
     return [state.sample for _, state in runs]
 
 
-def decode(model: Model, latents: Array, *, tiled: bool = False) -> np.ndarray:
+def _velocity(
+    model: Model, request: Request, condition: Condition | SoundCondition, timesteps: np.ndarray, high: int
+) -> tuple[Velocity, Any]:
+    """The velocity function, and what it takes as guidance in every step."""
+    if request.sound is None:
+        return dit_velocity(request.guidance), request.guidance_per_step(timesteps, high)
+    times: dict[str, Any] = {}
+    if model.spec.takes_references:
+        shape = latent_shape(model, request)
+        times = reference_times(
+            shape["video"][1], shape["audio"][1], request.sound.references, model.spec.sound
+        )
+    guidance = {stream: np.tile(w, (len(timesteps), 1)) for stream, w in condition.weights.items()}
+    return fusion_velocity(request.guidance, times.get("video"), times.get("audio")), guidance
+
+
+def decode(model: Model, request: Request, latents: Any, settings: dict[str, Any]) -> Clip:
+    """The clip of final latents."""
+    if request.sound is None:
+        return Clip(decode_video(model, latents, tiled=request.tiled), fps=request.fps, settings=settings)
+    video = audio = rate = None
+    if "video" in latents:
+        video = decode_video(model, latents["video"], tiled=request.tiled)
+    if "audio" in latents:
+        rate = model.spec.sound.mel.sample_rate
+        samples = round(request.num_frames / request.fps * rate)
+        audio = decode_audio(model.audio_vae, model.vocoder, latents["audio"], samples)
+    return Clip(video, fps=request.fps, audio=audio, sample_rate=rate, settings=settings)
+
+
+def decode_video(model: Model, latents: Array, *, tiled: bool = False) -> np.ndarray:
     """Video uint8 [T, H, W, 3] of latents [1, t, h, w, z]; frames become uint8 on the device, one chunk at a time."""
     return np.asarray(_decoder(tiled)(model.vae, latents)[0])
 
@@ -203,7 +291,7 @@ def run(
     model: Model,
     request: Request,
     *,
-    noises: Sequence[Array] | None = None,
+    noises: Sequence[Any] | None = None,
     segment: int | str = 1,
     callback: Callable[[Progress], None] | None = None,
     progress: bool = True,
@@ -214,7 +302,7 @@ def run(
     """One `Request` to one clip per seed. See `generate`.
 
     Args:
-        noises: [1, t, h, w, z] per clip, in place of the seeds' noise.
+        noises: per clip, in place of the seeds' noise; shapes as in `latent_shape`.
         finish: takes the clips while the saved state still exists, so that a failure to write them loses nothing.
     """
     model.files.require(*spec_parts(model.spec), "tokenizer")
@@ -242,20 +330,18 @@ def run(
             latents = denoise(model, request, condition, noises, segment=segment, callback=update, states=resume.states)
         del condition
         with stages("decoding"):
-            clips = [
-                Clip(decode(model, z, tiled=request.tiled), fps=request.fps, settings=about)
-                for about, z in zip(described, latents, strict=True)
-            ]
-        _free(model, "vae")
+            clips = [decode(model, request, z, about) for about, z in zip(described, latents, strict=True)]
+        _free(model, "vae", "audio_vae", "vocoder")
         if finish:
             with stages("writing"):
                 finish(clips)
     return clips
 
 
-def settings(model: Model, request: Request, seed: int, noise: Array | None = None) -> dict[str, Any]:
+def settings(model: Model, request: Request, seed: int, noise: Any = None) -> dict[str, Any]:
     """Everything that made a clip, JSON-ready: the request, the weights' dtype, adapters and versions."""
-    given = {} if noise is None else {"noise_sha256": array_hash(np.asarray(noise))}
+    hashes = [array_hash(np.asarray(x)) for x in jax.tree.leaves(noise)]
+    given = {"noise_sha256": " ".join(hashes)} if hashes else {}
     return request.settings(seed) | given | {
         "dtype": jnp.dtype(model.dtype).name,
         "loras": [{"name": lora.name, "strength": lora.strength} for lora in model.loras],
@@ -300,8 +386,10 @@ def generate(
     *,
     image: Any = None,
     last_image: Any = None,
+    references: Sequence[Reference] = (),
+    i_have_consent: bool = False,
     seed: int | Sequence[int] = 0,
-    noise: Array | None = None,
+    noise: Any = None,
     segment: int | str = 1,
     callback: Callable[[Progress], None] | None = None,
     progress: bool = True,
@@ -314,14 +402,19 @@ def generate(
         model: from `wan_jax.load`.
         prompt: what the clip shows.
         image, last_image: path, PIL image or uint8 [H, W, 3] array, for the models that take pictures.
+        references: who or what appears in the clip, and with which voice, for the models that take references.
+        i_have_consent: the statement that every person shown or heard in the references agreed. Needed with
+            references; recorded in the clip.
         seed: one, or several for several clips.
-        noise: [1, t, h, w, z] float32 instead of one seed's noise, to reproduce a run of another program.
+        noise: [1, t, h, w, z] float32 instead of one seed's noise, to reproduce a run of another program; for models
+            with sound {"video": that, "audio": [1, a, z]}.
         segment: sampling steps per compiled program; "all" for one program (no progress in between).
         callback: called after each segment with `Progress`.
         progress: show stages and steps on stderr.
         resume_file: save the sampler's state there when interrupted, and continue from it when it fits.
         options: ``negative_prompt, size, aspect, num_frames, fps, num_steps, shift, guidance_scale, solver, guidance,
-            tiled`` of `wan_jax.request.resolve`; defaults are the model's official ones.
+            tiled`` of `wan_jax.request.resolve`, and those of `wan_jax.request.resolve_sound` for models with sound;
+            defaults are the model's official ones.
     Returns:
         A `Clip`, or a list of them for several seeds.
     Raises:
@@ -329,12 +422,16 @@ def generate(
     """
     pictures: dict[str, Any] = {"image": image, "last_image": last_image}
     pictures = {name: None if value is None else read_image(value) for name, value in pictures.items()}
+    if references:
+        options["references"] = resolve_references(references, clean=options.get("clean_voice", False))
+        options["consent"] = CONSENT if i_have_consent else ""
     request = resolve(model.spec, prompt, seed=seed, **pictures, **options)
     noises = None
     if noise is not None:
-        noise, shape = jnp.asarray(noise, jnp.float32), latent_shape(model, request)
-        if noise.shape != shape or len(request.seeds) > 1:
-            raise InputError(f"noise: expected shape {shape} and one seed, got {noise.shape} and {len(request.seeds)}")
+        noise, shape = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), noise), latent_shape(model, request)
+        got = jax.tree.map(jnp.shape, noise)
+        if got != shape or len(request.seeds) > 1:
+            raise InputError(f"noise: expected shape {shape} and one seed, got {got} and {len(request.seeds)}")
         noises = [noise]
     clips = run(
         model, request, noises=noises, segment=segment, callback=callback, progress=progress, resume_file=resume_file

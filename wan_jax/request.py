@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from wan_jax.captions import mark_speech, ovi_prompt, structured_caption
 from wan_jax.config import MODELS, ModelSpec
 from wan_jax.errors import InputError
 from wan_jax.sampling.guidance import check_mode
@@ -25,6 +26,36 @@ log = logging.getLogger(__name__)
 
 AREA_480P = 832 * 480
 MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class SoundRequest:
+    """What a model with sound is asked for beside the picture.
+
+    ``caption`` is the prompt in the form that the model was trained on. ``video`` or ``audio`` may be False where a
+    model can make one alone. ``references`` are `wan_jax.references.ResolvedReference`.
+    """
+
+    caption: str
+    video: bool
+    audio: bool
+    num_latents: int
+    audio_negative_prompt: str
+    audio_guidance_scale: float
+    image_guidance: float
+    voice_guidance: float
+    references: tuple[Any, ...]
+    clean_voice: bool
+    consent: str
+
+    def settings(self) -> dict[str, Any]:
+        """JSON-ready; references by the SHA-256 of their pixels and samples."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["references"] = [
+            {name: getattr(r, name) for name in ("image_sha256", "voice_sha256", "description")}
+            for r in self.references
+        ]
+        return values
 
 
 @dataclass(frozen=True)
@@ -53,12 +84,15 @@ class Request:
     seeds: tuple[int, ...]
     image: np.ndarray | None = None
     last_image: np.ndarray | None = None
+    sound: SoundRequest | None = None
 
     def settings(self, seed: int) -> dict[str, Any]:
         """JSON-ready settings of the clip with this seed; pictures by the SHA-256 of their pixels."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["seed"] = seed
         values.pop("seeds")
+        if (sound := values.pop("sound")) is not None:
+            values |= sound.settings()
         for name in ("image", "last_image"):
             picture = values.pop(name)
             if picture is not None:
@@ -96,6 +130,7 @@ def resolve(
     guidance: str = "batch",
     tiled: bool = False,
     seed: int | Sequence[int] = 0,
+    **sound: Any,
 ) -> Request:
     """Fill the defaults of a model and check every value.
 
@@ -108,6 +143,7 @@ def resolve(
         guidance: "batch" or "sequential" (the prompt and the negative prompt one after the other: less memory).
             A guidance scale of 1 needs no negative prompt and runs one pass.
         tiled: decode in tiles of the picture, for frames that do not fit; differs slightly, see `VAE.decode_tiled`.
+        sound: options of models with sound, see `resolve_sound`.
     Raises:
         InputError: says what was got, what is needed, and the nearest valid value.
     """
@@ -127,6 +163,15 @@ def resolve(
     fps = _typed("fps", fps, float, spec.fps)
     if not 0.1 <= fps <= 240:
         raise InputError(f"fps={fps:g}: need 0.1 to 240, {spec.name} was trained at {spec.fps}")
+    if spec.sound and fps != spec.fps:
+        raise InputError(f"fps={fps:g}: picture and sound belong together at {spec.fps}")
+    if spec.sound:
+        heard = resolve_sound(spec, prompt, num_frames, **sound)
+    elif sound:
+        names = ", ".join(s.name for s in MODELS.values() if s.sound)
+        raise InputError(f"{spec.name} has no sound and takes no {', '.join(sound)}; models with sound are {names}")
+    else:
+        heard = None
     asked, (width, height) = _size(spec, size, aspect, image)
     official = spec.shift_480p if spec.shift_480p and width * height <= AREA_480P else spec.shift
     shift = _typed("shift", shift, float, official)
@@ -157,11 +202,74 @@ def resolve(
         shift=shift,
         guidance_scale=scale,
         solver=solver,
-        guidance="none" if scale in (1.0, (1.0, 1.0)) else guidance,
+        guidance="none" if scale in (1.0, (1.0, 1.0)) and not heard else guidance,
         tiled=_typed("tiled", tiled, bool, False),
         seeds=seeds,
         image=image,
         last_image=last_image,
+        sound=heard,
+    )
+
+
+def resolve_sound(
+    spec: ModelSpec,
+    prompt: str,
+    num_frames: int,
+    *,
+    references: Sequence[Any] = (),
+    consent: str = "",
+    audio: bool = True,
+    video: bool = True,
+    audio_negative_prompt: str | None = None,
+    audio_guidance_scale: float | None = None,
+    image_guidance: float | None = None,
+    voice_guidance: float | None = None,
+    clean_voice: bool = False,
+) -> SoundRequest:
+    """The part of a request that only models with sound have.
+
+    Args:
+        references: `wan_jax.references.ResolvedReference`, in the order in which the prompt counts them.
+        consent: what the user states about the persons in them; recorded in the clip. Needed with references.
+        audio, video: False for a clip without sound, for sound alone.
+        audio_negative_prompt, audio_guidance_scale: of the sound, as the others are of the picture.
+        image_guidance, voice_guidance: how far to lead away from a clip without the pictures, without the voices.
+        clean_voice: whether the voices were cleaned; only recorded.
+    """
+    known, references = spec.sound, tuple(references)
+    if references and not spec.takes_references:
+        takers = ", ".join(s.name for s in MODELS.values() if s.takes_references)
+        raise InputError(f"{spec.name} takes no references; use {takers}, or give a first picture as image= (--image)")
+    if spec.needs_references and not references:
+        raise InputError(f"{spec.name} needs 1 to 5 references: give references= (--reference)")
+    if references and not consent:
+        raise InputError(
+            "references show or sound like someone: state that every person agreed, by i_have_consent=True"
+            " (--i-have-consent); it is recorded in the clip"
+        )
+    audio, video = _typed("audio", audio, bool), _typed("video", video, bool)
+    if not (audio and video) and spec.takes_references:
+        raise InputError(f"{spec.name} makes picture and sound together: leave neither out")
+    if not (audio or video):
+        raise InputError("neither picture nor sound is asked for: leave out one of the two at most")
+    if known.caption == "structured":
+        caption = structured_caption(prompt, [r.description for r in references])
+    else:
+        caption = ovi_prompt(mark_speech(prompt), known.caption)
+    seconds = num_frames / spec.fps
+    latents = max(1, round(seconds * known.mel.sample_rate / known.hop))
+    return SoundRequest(
+        caption=caption,
+        video=video,
+        audio=audio,
+        num_latents=known.num_latents if num_frames == spec.num_frames else latents,
+        audio_negative_prompt=_typed("audio_negative_prompt", audio_negative_prompt, str, "") or known.negative_prompt,
+        audio_guidance_scale=_typed("audio_guidance_scale", audio_guidance_scale, float, known.guidance_scale),
+        image_guidance=_typed("image_guidance", image_guidance, float, known.image_guidance) if references else 0.0,
+        voice_guidance=_typed("voice_guidance", voice_guidance, float, known.voice_guidance) if references else 0.0,
+        references=references,
+        clean_voice=_typed("clean_voice", clean_voice, bool),
+        consent=consent if references else "",
     )
 
 
@@ -184,9 +292,10 @@ def _typed(name: str, value: Any, kind: type, default: Any = None) -> Any:
 
 
 def _check_images(spec: ModelSpec, image: Any, last_image: Any) -> tuple[Any, Any]:
-    if spec.task == "t2v" and image is not None:
-        takers = ", ".join(s.name for s in MODELS.values() if s.task in ("i2v", "ti2v"))
-        raise InputError(f"{spec.name} makes video from text alone; for a picture use one of {takers}")
+    if not spec.takes_image() and image is not None:
+        takers = ", ".join(s.name for s in MODELS.values() if s.takes_image() and s.task != "flf2v")
+        made = "references" if spec.takes_references else "text alone"
+        raise InputError(f"{spec.name} makes video from {made}; for a first picture use one of {takers}")
     if spec.task in ("i2v", "flf2v") and image is None:
         raise InputError(f"{spec.name} needs a picture: give image= (--image)")
     if spec.task == "flf2v" and last_image is None:
@@ -243,6 +352,8 @@ def _size(
     rows, columns, area = *image.shape[:2], asked[0] * asked[1]
     if spec.task == "ti2v":
         width, height = ti2v_size(columns, rows, area, multiple)
+    elif spec.sound:
+        height, width = ovi_first_frame_size(rows, columns, area)
     else:
         height, width = i2v_size(rows, columns, area, spec.vae.spatial_stride, spec.dit.patch_size[1])
     if min(width, height) < multiple:
@@ -263,6 +374,9 @@ def size_for_aspect(spec: ModelSpec, aspect: str) -> tuple[int, int]:
     if abs(math.log(best[0] / best[1] / ratio)) < math.log(1.05):
         return best
     area, multiple = spec.sizes[0][0] * spec.sizes[0][1], spec.size_multiple
+    if spec.sound:
+        height, width = ovi_size(1000, round(1000 * ratio), area)
+        return width, height
     width, height = math.sqrt(area * ratio), math.sqrt(area / ratio)
     return round(width / multiple) * multiple, round(height / multiple) * multiple
 
@@ -296,11 +410,33 @@ def ti2v_size(width: int, height: int, area: int, multiple: int) -> tuple[int, i
     return (w1, h1) if distance(w1, h1) < distance(w2, h2) else (w2, h2)
 
 
+def ovi_size(height: int, width: int, area: int) -> tuple[int, int]:
+    """(height, width) scaled to an area, in whole pixels and then to the nearest multiple of 32.
+
+    Source: ``snap_hw_to_multiple_of_32`` of Ovi.
+    """
+    scale = math.sqrt(area / (height * width))
+    return tuple(32 * max(1, round(round(side * scale) / 32)) for side in (height, width))
+
+
+def ovi_first_frame_size(height: int, width: int, area: int) -> tuple[int, int]:
+    """(height, width) of the video for a first picture: of eight candidates in multiples of 32 the one nearest to the
+    area, then to the picture's aspect. Source: ``preprocess_image_tensor`` of Ovi.
+    """
+    aspect, scale = width / height, math.sqrt(area / (height * width))
+    middle = max(1, round(math.sqrt(max(1, area // 32**2) / aspect)))
+    rows = [max(1, middle + step) for step in range(-3, 4)]
+    sides = [(32 * row, 32 * max(1, round(row * aspect))) for row in rows]
+    sides.append(tuple(32 * max(1, round(side * scale / 32)) for side in (height, width)))
+    return min(sides, key=lambda size: (abs(size[0] * size[1] - area), abs(size[1] / size[0] - aspect)))
+
+
 def from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `resolve` out of settings embedded in a file. Nothing that names a path is taken from there."""
     known = (
         "prompt", "negative_prompt", "size", "num_frames", "fps", "num_steps", "shift", "guidance_scale", "solver",
-        "guidance", "tiled", "seed",
+        "guidance", "tiled", "seed", "audio", "video", "audio_negative_prompt", "audio_guidance_scale",
+        "image_guidance", "voice_guidance", "clean_voice",
     )  # fmt: skip
     kwargs = {name: settings[name] for name in known if name in settings}
     if kwargs.get("guidance") == "none":  # follows from the scale

@@ -14,9 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wan_jax.conditions import compiled
+from wan_jax.conditions import compiled, encode_image
+from wan_jax.config import MelConfig, SoundSpec, VoiceConfig
+from wan_jax.errors import NonFiniteError
 from wan_jax.media import to_unit
+from wan_jax.models.identity import voice_features
 from wan_jax.nn.mel import mel_spectrogram
+from wan_jax.nn.positions import reference_positions
+from wan_jax.references import letterbox
 from wan_jax.sampling.guidance import guided
 from wan_jax.sampling.sampler import Velocity
 
@@ -39,12 +44,14 @@ class Passes(NamedTuple):
 class SoundCondition(NamedTuple):
     """Everything that steers one clip with sound, as arrays.
 
+    weights: per stream [G], of the sum over the passes.
     references: per stream, clean latents that stand behind the noisy ones: [1, R, H, W, C] and [1, sum of K, C].
     identity_BRIC, voice: what the adapters of the ``wan2.6`` family take.
     pin, token_time: the clean first frame, see `wan_jax.conditions.Condition`.
     """
 
     passes: Passes
+    weights: dict[str, np.ndarray]
     references: dict[str, Array] | None = None
     identity_BRIC: Array | None = None
     voice: Any = None
@@ -122,19 +129,65 @@ def fusion_velocity(
     return velocity
 
 
+def reference_times(
+    num_frames: int, num_latents: int, references: Sequence[Any], sound: SoundSpec
+) -> dict[str, tuple[float, ...]]:
+    """Positions in time of both streams with the references behind the clip; equal far-away places bind face and voice.
+
+    Args:
+        num_frames, num_latents: of the clip, latent ones.
+        references: `wan_jax.references.ResolvedReference`.
+    """
+    lengths = [0 if r.voice is None else num_voice_latents(len(r.voice_second), sound) for r in references]
+    video, audio, scale = reference_positions(num_frames, num_latents, len(references), lengths)
+    return {"video": tuple(video.tolist()), "audio": tuple((audio * scale).tolist())}
+
+
+def num_voice_latents(samples: int, sound: SoundSpec) -> int:
+    """Latents that `encode_voices` gives for a voice of so many samples."""
+    return (samples // sound.mel.hop) // sound.vae.stride
+
+
 def encode_pictures(vae: Any, pictures: Sequence[np.ndarray]) -> Array:
     """Latents [1, R, h, w, z] of pictures uint8 [H, W, 3] of one size, each a video of one frame."""
     run = compiled("picture", lambda vae, video: vae.encode(video))
     return jnp.concatenate([run(vae, jnp.asarray(to_unit(picture))[None, None]) for picture in pictures], axis=1)
 
 
-def encode_voices(audio_vae: Any, voices: Sequence[np.ndarray], mel: Any) -> Array:
+def encode_voices(audio_vae: Any, voices: Sequence[np.ndarray], mel: MelConfig) -> Array:
     """Latents [1, sum of K, z] of mono sound, float32 [n] each at the rate of ``mel``."""
     run = compiled(f"voice {mel}", lambda vae, wave: vae.encode(mel_spectrogram(wave, mel)))
     return jnp.concatenate([run(audio_vae, jnp.asarray(voice)[None]) for voice in voices], axis=1)
 
 
-def decode_audio(audio_vae: Any, vocoder: Any, latents_BAC: Array) -> np.ndarray:
-    """Waveform float32 [n] in [-1, 1] of audio latents [1, A, z]."""
+def encode_identities(encoder: Any, pictures: Sequence[np.ndarray]) -> Array:
+    """Image-encoder tokens [1, R, I, C] of pictures uint8 [H, W, 3], whole and undistorted on a white square."""
+    size = encoder.cfg.image_size
+    return jnp.stack([encode_image(encoder, [letterbox(picture, size, size)]) for picture in pictures], axis=1)
+
+
+def encode_speakers(voices: Sequence[np.ndarray | None], cfg: VoiceConfig) -> Any:
+    """What the voice adapter takes: features [1, R, ...] of voices float32 [n]; zero for those that are None.
+
+    A voice is cut or looped to ``cfg.seconds``.
+    """
+    length = round(cfg.seconds * cfg.mel.sample_rate)
+    waves = np.stack([np.zeros(length, np.float32) if v is None else np.resize(v[:length], length) for v in voices])
+    heard = jnp.asarray([voice is not None for voice in voices], jnp.float32)
+    run = compiled(f"speakers {cfg.mel}", lambda waves: voice_features(waves, cfg.mel))
+    return jax.tree.map(lambda x: x * heard.reshape(1, -1, *[1] * (x.ndim - 2)), run(jnp.asarray(waves)[None]))
+
+
+def decode_audio(audio_vae: Any, vocoder: Any, latents_BAC: Array, num_samples: int) -> np.ndarray:
+    """Waveform float32 [num_samples] in [-1, 1] of audio latents [1, A, z].
+
+    A latent is a whole number of samples, a clip a whole number of frames: what differs is cut off or silent.
+    Raises:
+        NonFiniteError: the sound holds NaN or infinity.
+    """
     run = compiled("sound", lambda vae, vocoder, z: vocoder(vae.decode(z)))
-    return np.asarray(run(audio_vae, vocoder, latents_BAC)[0])
+    wave = np.asarray(run(audio_vae, vocoder, latents_BAC)[0])
+    if not np.isfinite(wave).all():
+        raise NonFiniteError("the decoded sound holds NaN or infinity: check the audio VAE and the vocoder")
+    wave = wave[:num_samples].clip(-1, 1)
+    return np.pad(wave, (0, num_samples - len(wave)))

@@ -22,6 +22,9 @@ examples:
   wan-jax generate --model wan2.1-i2v-14b-480p --image photo.jpg --prompt "she turns and smiles" --output clip.mp4
   wan-jax generate --model wan2.1-flf2v-14b-720p --image a.png --last-image b.png --prompt "..." --output clip.mp4
   wan-jax generate --model wan2.1-t2v-14b --num-frames 1 --prompt "a still life" --output picture.png
+  wan-jax generate --model dreamid-omni --reference photo.jpg --voice voice.wav --reference friend.mp4 --i-have-consent
+      --prompt 'Character1 says "We did it!" to character2, who laughs, in a sunny kitchen' --output clip.mp4
+  wan-jax generate --model ovi-5s --image photo.jpg --prompt 'She says "Good morning." Audio: calm voice, birds'
   wan-jax generate --from clip.mp4 --seed 1 2 3 --output again.mp4       the same settings, three other seeds
   wan-jax generate --config configs/t2v_14b.py --prompt "a still lake"   settings from a recipe
 
@@ -31,8 +34,9 @@ Every file carries its settings; --from reads them back. Options of the command 
 output: repeat the command to continue. Exit codes: 0 done, 1 failed, 2 wrong use, 3 out of memory, 130 interrupted.
 """
 DTYPES = ("bfloat16", "float32")
-# Options that a recipe cannot set: they belong to one run, not to a way of running.
-NOT_IN_RECIPES = ("config", "source", "dry_run", "profile", "quiet", "run", "parser")
+NOT_SETTINGS = ("config", "source", "dry_run", "profile", "quiet", "run", "parser")
+# Settings that a recipe cannot have: they belong to one run, not to a way of running.
+NOT_IN_RECIPES = ("references", "describe", "i_have_consent")
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
@@ -56,6 +60,33 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     )
     what.add_argument("--from", dest="source", metavar="CLIP", help="take the settings inside this file")
     what.add_argument("--config", metavar="FILE", help="take the settings of this recipe, see configs/")
+    who = parser.add_argument_group("who appears and speaks (models with sound)")
+    who.add_argument(
+        "--reference", action=_AddReference, dest="references", metavar="FILE",
+        help="picture or video of a person, an animal or a thing; a video gives its sharpest frame, and its sound as"
+        " the voice; up to 5 times. The prompt calls them character1, character2, ...",
+    )  # fmt: skip
+    who.add_argument(
+        "--voice", action=_AddReference, dest="references", metavar="FILE",
+        help="how the reference before it sounds: 0.5 to 30 s of speech; the words come from the prompt, in quotes",
+    )  # fmt: skip
+    who.add_argument(
+        "--describe", action="append", metavar="N:TEXT", help='of reference N, e.g. 1:"a woman with short red hair"'
+    )
+    who.add_argument(
+        "--i-have-consent", action="store_true", default=None,
+        help="state that every person in the references agreed; needed with --reference, recorded in the clip",
+    )  # fmt: skip
+    who.add_argument(
+        "--clean-voice", action="store_true", default=None,
+        help="take the most voiced second of each voice at a common loudness; default: its second second, as trained",
+    )  # fmt: skip
+    who.add_argument("--no-audio", dest="audio", action="store_false", default=None, help="picture alone (Ovi)")
+    who.add_argument("--audio-only", dest="video", action="store_false", default=None, help="sound alone, .wav (Ovi)")
+    who.add_argument("--audio-negative-prompt", help="how it must not sound")
+    who.add_argument("--audio-guidance-scale", type=float, help="of the sound; --guidance-scale is the picture's")
+    who.add_argument("--image-guidance", type=float, help="how strongly the pictures of the references rule; 0 is off")
+    who.add_argument("--voice-guidance", type=float, help="how strongly their voices rule; 0 is off")
     how = parser.add_argument_group("how to sample")
     how.add_argument("--num-steps", type=int, help="sampling steps; default: the model's")
     how.add_argument("--shift", type=float, help="shift of the noise schedule; default: the model's")
@@ -91,6 +122,22 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     return parser
 
 
+class _AddReference(argparse.Action):
+    """Collects --reference and --voice in one list: a voice belongs to the reference before it."""
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
+        references = [dict(reference) for reference in getattr(namespace, self.dest) or []]
+        if option == "--reference":
+            references.append({"path": value})
+        elif not references:
+            parser.error(f"--voice {value}: a voice belongs to the --reference before it; there is none")
+        elif "voice" in references[-1]:
+            parser.error(f"--voice {value}: the reference before it has a voice already")
+        else:
+            references[-1]["voice"] = value
+        setattr(namespace, self.dest, references)
+
+
 def _segment(text: str) -> int | str:
     if text == "all" or (text.isdecimal() and int(text)):
         return text if text == "all" else int(text)
@@ -103,6 +150,7 @@ def run(args: argparse.Namespace) -> int:
     from wan_jax.parallel import make_mesh, parse_mesh
     from wan_jax.pipeline import Stages
     from wan_jax.pipeline import run as run_pipeline
+    from wan_jax.references import CONSENT, resolve_references
     from wan_jax.request import resolve
     from wan_jax.weights.lora import Lora
 
@@ -116,10 +164,17 @@ def run(args: argparse.Namespace) -> int:
     for key in ("image", "last_image"):
         if key in options:
             options[key] = read_image(options[key])
+    described, consent = options.pop("describe", ()), options.pop("i_have_consent", False)
+    spec = _spec(name)
+    if references := _references(options.pop("references", ()), described):
+        options["references"] = resolve_references(references, clean=options.get("clean_voice", False))
+        options["consent"] = CONSENT if consent or _asked_for_consent() else ""
 
     # Everything is checked before anything is loaded.
-    request = resolve(_spec(name), options.pop("prompt", ""), **options)
-    output = check_writable(output or ("clip.png" if request.num_frames == 1 else "clip.mp4"), request.num_frames)
+    request = resolve(spec, options.pop("prompt", ""), **options)
+    sound_alone = request.sound is not None and not request.sound.video
+    default = "clip.wav" if sound_alone else "clip.png" if request.num_frames == 1 else "clip.mp4"
+    output = check_writable(output or default, 0 if sound_alone else request.num_frames)
     outputs = _outputs(output, request.seeds)
     mesh = make_mesh(parse_mesh(mesh)) if mesh else None
     loras = [Lora.open(lora) for lora in ((loras,) if isinstance(loras, str) else loras)]
@@ -142,6 +197,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _references(given: Iterable[dict[str, str]], described: Iterable[str]) -> list[Any]:
+    """--reference, --voice and --describe as `Reference`."""
+    from wan_jax.references import Reference
+
+    given, descriptions = list(given), {}
+    for text in described:
+        number, colon, words = text.partition(":")
+        if not (colon and number.strip().isdecimal() and 1 <= int(number) <= len(given) and words.strip()):
+            raise InputError(f"--describe {text!r}: need N:TEXT, N the number of a reference (1 to {len(given)})")
+        descriptions[int(number)] = words.strip()
+    return [Reference.open(**reference, description=descriptions.get(k)) for k, reference in enumerate(given, 1)]
+
+
+def _asked_for_consent() -> bool:
+    """Ask on a terminal, once for a run; without a terminal nobody has consented."""
+    from wan_jax.references import CONSENT
+
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    print(f"References: {CONSENT}. This is recorded in the clip.", file=sys.stderr)
+    return input("Is it so? [yes/no] ").strip().lower() == "yes"
+
+
 def _spec(name: str) -> ModelSpec:
     """What model a name stands for. Reads headers of a folder, downloads nothing."""
     from wan_jax.weights.hub import resolve
@@ -155,10 +233,10 @@ def _spec(name: str) -> ModelSpec:
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """Options of the command line over the settings of --from over those of --config."""
-    names = vars(args).keys() - set(NOT_IN_RECIPES)
+    names = vars(args).keys() - set(NOT_SETTINGS)
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options: dict[str, Any] = {}
-    for layer in (_recipe(args.config, names), _settings_of(args.source, given), given):
+    for layer in (_recipe(args.config, names - set(NOT_IN_RECIPES)), _settings_of(args.source, given), given):
         if "size" in layer or "aspect" in layer:  # one takes the place of the other
             options = {name: value for name, value in options.items() if name not in ("size", "aspect")}
         options |= layer
@@ -194,9 +272,11 @@ def _settings_of(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     if path is None:
         return {}
     settings = read_settings(path)
-    for key, name in (("image_sha256", "image"), ("last_image_sha256", "last_image"), ("loras", "lora")):
+    files = {"image_sha256": "image", "last_image_sha256": "last_image", "loras": "lora", "references": "references"}
+    for key, name in files.items():
         if settings.get(key) and name not in given:
-            log.warning("%s was made with --%s: give it again to repeat the clip", path, name.replace("_", "-"))
+            option = name.removesuffix("s").replace("_", "-")
+            log.warning("%s was made with --%s: give it again to repeat the clip", path, option)
     allowed = {"model": tuple(MODELS), "dtype": DTYPES}
     return from_settings(settings) | {
         name: settings[name] for name, values in allowed.items() if settings.get(name) in values
