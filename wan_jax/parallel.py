@@ -39,9 +39,9 @@ _REPLICATED: tuple[None, ...] = ()
 _STREAM = r"((video|audio)\.)?"  # the twin-stream transformer holds the parts of a DiT twice
 RULES: dict[str, tuple[tuple[str, tuple[str | None, ...]], ...]] = {
     "dit": (
-        (rf"{_STREAM}blocks\.(self_attn|cross_attn)\.(q|k|v|k_img|v_img|k_fusion|v_fusion)\.kernel", ("layer", "in", "out")),
-        (rf"{_STREAM}blocks\.(self_attn|cross_attn)\.(q|k|v|k_img|v_img|k_fusion|v_fusion)\.bias", ("layer", "out")),
-        (rf"{_STREAM}blocks\.(self_attn|cross_attn)\.o\.kernel", ("layer", "out", "in")),
+        (rf"{_STREAM}blocks\.(self|cross)_attn\.(q|[kv](_img|_fusion)?)\.kernel", ("layer", "in", "out")),
+        (rf"{_STREAM}blocks\.(self|cross)_attn\.(q|[kv](_img|_fusion)?)\.bias", ("layer", "out")),
+        (rf"{_STREAM}blocks\.(self|cross)_attn\.o\.kernel", ("layer", "out", "in")),
         (rf"{_STREAM}blocks\.ffn\.fc1\.kernel", ("layer", "in", "out")),
         (rf"{_STREAM}blocks\.ffn\.fc1\.bias", ("layer", "out")),
         (rf"{_STREAM}blocks\.ffn\.fc2\.kernel", ("layer", "out", "in")),

@@ -165,7 +165,9 @@ def _encode_with_sound(model: Model, request: Request, sound: SoundRequest) -> S
             condition = condition._replace(identity_BRIC=tokens)
             _free(model, "image_encoder")
         if spec.dit.voice:
-            condition = condition._replace(voice=encode_speakers([r.voice for r in references], spec.dit.voice))
+            condition = condition._replace(
+                voice_BRTF=encode_speakers([r.voice for r in references], spec.dit.voice)
+            )
     _free(model, "vae", "audio_vae")
     return condition
 

@@ -46,7 +46,7 @@ class SoundCondition(NamedTuple):
 
     weights: per stream [G], of the sum over the passes.
     references: per stream, clean latents that stand behind the noisy ones: [1, R, H, W, C] and [1, sum of K, C].
-    identity_BRIC, voice: what the adapters of the ``wan2.6`` family take.
+    identity_BRIC, voice_BRTF: what the adapters of the ``wan2.6`` family take.
     pin, token_time: the clean first frame, see `wan_jax.conditions.Condition`.
     """
 
@@ -54,7 +54,7 @@ class SoundCondition(NamedTuple):
     weights: dict[str, np.ndarray]
     references: dict[str, Array] | None = None
     identity_BRIC: Array | None = None
-    voice: Any = None
+    voice_BRTF: Array | None = None
     pin: dict[str, Any] | None = None
     token_time: Array | None = None
 
@@ -109,7 +109,7 @@ def fusion_velocity(
             seen = dict(latents)
             for stream, clean in (condition.references or {}).items():
                 seen[stream] = jnp.concatenate([latents[stream], shown(stream, clean)], axis=1)
-            identity, voice = condition.identity_BRIC, condition.voice
+            identity, voice = condition.identity_BRIC, condition.voice_BRTF
             if condition.token_time is not None:
                 timesteps = jnp.stack([timesteps, jnp.zeros_like(timesteps)], axis=-1)
             out = fusion(
@@ -119,7 +119,7 @@ def fusion_velocity(
                 times=times,
                 token_time=condition.token_time,
                 identity_BRIC=None if identity is None else shown("video", identity),
-                voice=None if voice is None else jax.tree.map(functools.partial(shown, "audio"), voice),
+                voice_BRTF=None if voice is None else shown("audio", voice),
                 skip_B=passes.skip_G,
             )
             return {stream: out[stream][:, : x.shape[1]] for stream, x in latents.items()}
@@ -166,8 +166,8 @@ def encode_identities(encoder: Any, pictures: Sequence[np.ndarray]) -> Array:
     return jnp.stack([encode_image(encoder, [letterbox(picture, size, size)]) for picture in pictures], axis=1)
 
 
-def encode_speakers(voices: Sequence[np.ndarray | None], cfg: VoiceConfig) -> Any:
-    """What the voice adapter takes: features [1, R, ...] of voices float32 [n]; zero for those that are None.
+def encode_speakers(voices: Sequence[np.ndarray | None], cfg: VoiceConfig) -> Array:
+    """What the voice adapter takes: features [1, R, T, F] of voices float32 [n]; zero for those that are None.
 
     A voice is cut or looped to ``cfg.seconds``.
     """
@@ -175,7 +175,7 @@ def encode_speakers(voices: Sequence[np.ndarray | None], cfg: VoiceConfig) -> An
     waves = np.stack([np.zeros(length, np.float32) if v is None else np.resize(v[:length], length) for v in voices])
     heard = jnp.asarray([voice is not None for voice in voices], jnp.float32)
     run = compiled(f"speakers {cfg.mel}", lambda waves: voice_features(waves, cfg.mel))
-    return jax.tree.map(lambda x: x * heard.reshape(1, -1, *[1] * (x.ndim - 2)), run(jnp.asarray(waves)[None]))
+    return run(jnp.asarray(waves)[None]) * heard[None, :, None, None]
 
 
 def decode_audio(audio_vae: Any, vocoder: Any, latents_BAC: Array, num_samples: int) -> np.ndarray:

@@ -1,8 +1,9 @@
 """The twin-stream transformer of Ovi and DreamID-Omni: a video and an audio stream of equal blocks, coupled in each.
 
-Every block lets each stream attend to itself, then to its text and to the other stream with one set of queries. Clean
-latents of reference pictures and voices stand behind the noisy ones in both streams; positions far from the clip's, equal
-in both streams, tell which face has which voice. The ``wan2.6`` family adds adapters (``models/identity.py``).
+Every block lets each stream attend to itself, then to its text and to the other stream with one set of queries.
+Clean latents of reference pictures and voices stand behind the noisy ones in both streams; positions far from the
+clip's, equal in both streams, tell which face has which voice. The ``wan2.6`` family adds adapters
+(``models/identity.py``).
 
 Axes as in ``models/dit.py``, and ``A`` audio tokens, ``R`` references.
 Source: Ovi ``ovi/modules/{fusion,model}.py``; DreamID-Omni ``dreamid_omni/modules``.
@@ -51,7 +52,7 @@ class FusionAttention(Attention):
         """
         Args:
             other_BMD: tokens of the other stream, None when this one runs alone.
-            adapter: `AdapterAttention` of this block and the tokens that it attends to, or None.
+            adapter: `AdapterAttention` of this block, the tokens that it attends to and their mask; or None.
         """
         q = self.queries(x_BLD)
         out = self.attend(q, text_BSD, self.k, self.norm_k, self.v)
@@ -62,8 +63,8 @@ class FusionAttention(Attention):
             )
         out = self.o(out.reshape(x_BLD.shape))
         if adapter is not None:
-            attend, tokens = adapter
-            out = out + attend(q, tokens)
+            attend, tokens, mask = adapter
+            out = out + attend(q, tokens, mask)
         return out
 
 
@@ -120,7 +121,8 @@ class Fusion(nnx.Module):
         times: dict[str, Sequence[float]] | None = None,
         token_time: Array | None = None,
         identity_BRIC: Array | None = None,
-        voice: Any = None,
+        voice_BRTF: Array | None = None,
+        there: dict[str, Array] | None = None,
         skip_B: Array | None = None,
         remat: bool = False,
         capture: bool = False,
@@ -136,7 +138,8 @@ class Fusion(nnx.Module):
                 0, 1, 2... and multiples of ``audio_rope_scale``.
             token_time: [B or 1, L] int, which of the two timesteps each video token has.
             identity_BRIC: image-encoder tokens of R references, for a model with the identity adapter.
-            voice: features of R voices (`models.identity.voice_features`), for a model with the voice adapter.
+            voice_BRTF: features of R voices (`models.identity.voice_features`), for a model with the voice adapter.
+            there: per stream bool [B, R], which of the adapter's references there are; default all.
             skip_B: [B] int, a block that both streams leave out, or -1 (guidance by a weaker model).
             remat: recompute blocks in the backward pass.
             capture: also return a dict of the streams after each block, "video" [layers, B, L, D] and "audio".
@@ -161,7 +164,9 @@ class Fusion(nnx.Module):
             time_BED[stream], time_BE6D[stream] = trunk.embed_time(own)
             embedded[stream] = trunk.text_embedding(text[stream])
         token_times = {"video": token_time, "audio": None}
-        adapters, adapter_tokens = self._adapters(latents, identity_BRIC, voice)
+        features = {"video": identity_BRIC, "audio": voice_BRTF}
+        features = {stream: x for stream, x in features.items() if stream in latents and x is not None}
+        adapters, shown = self._adapters(features, there or {})
 
         def layer(modules: Any, x: dict[str, Array]) -> tuple[dict[str, Array], Any]:
             blocks, adapters, index = modules
@@ -172,10 +177,16 @@ class Fusion(nnx.Module):
             out = {}
             for stream, block in blocks.items():
                 other = next((name for name in after if name != stream), None)  # as it is after its self-attention
-                adapter = (adapters[stream], adapter_tokens[stream]) if stream in adapters else None
-                h = after[stream] + block.cross_attn(
-                    block.norm3(after[stream]), embedded[stream], after.get(other), ropes[stream], ropes.get(other), adapter
+                adapter = (adapters[stream], *shown[stream]) if stream in adapters else None
+                heard = block.cross_attn(
+                    block.norm3(after[stream]),
+                    embedded[stream],
+                    after.get(other),
+                    ropes[stream],
+                    ropes.get(other),
+                    adapter,
                 )
+                h = after[stream] + heard
                 out[stream] = _constrain(stream, block.feed_forward(h, modulations[stream]))
             if skip_B is not None:
                 skipped = (skip_B == index)[:, None, None]
@@ -193,18 +204,20 @@ class Fusion(nnx.Module):
         return (velocity, states) if capture else velocity
 
     def _adapters(
-        self, latents: dict[str, Array], identity: Array | None, voice: Any
-    ) -> tuple[dict[str, AdapterAttention], dict[str, Array]]:
-        """Per stream that has one: the stack of the adapter's attentions, and the tokens that they attend to."""
-        stacks, tokens = {}, {}
-        for stream, name, features in (("video", "identity_adapter", identity), ("audio", "voice_adapter", voice)):
-            if features is None or stream not in latents:
-                continue
+        self, features: dict[str, Array], there: dict[str, Array]
+    ) -> tuple[dict[str, AdapterAttention], dict[str, tuple[Array, Array | None]]]:
+        """Per stream with features: the stack of the adapter's attentions; the tokens for them, and their mask."""
+        stacks, shown = {}, {}
+        for stream, x in features.items():
+            name = {"video": "identity_adapter", "audio": "voice_adapter"}[stream]
             if not hasattr(self, name):
                 raise ValueError(f"{name} is not part of this model")
             adapter = getattr(self, name)
-            stacks[stream], tokens[stream] = adapter.blocks, adapter.tokens(features)
-        return stacks, tokens
+            mask = there.get(stream)
+            if mask is not None:
+                mask = jnp.repeat(mask, adapter.cfg.num_tokens, axis=1)
+            stacks[stream], shown[stream] = adapter.blocks, (adapter.tokens(x), mask)
+        return stacks, shown
 
 
 def _constrain(stream: str, x_BLD: Array) -> Array:

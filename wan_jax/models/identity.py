@@ -2,7 +2,8 @@
 
 Each turns its references into a few tokens, and holds one small attention for every block of its stream that attends
 to them beside the text, with the text's queries (decoupled cross-attention, Ye et al. 2023, IP-Adapter). Its output
-matrix begins at zero: a base model with new adapters is the base model, exactly.
+matrix begins at zero: a base model with new adapters is the base model, exactly. Beside the 30 blocks of
+``wan2.6-r2av-11b`` they have 499 and 395 million parameters, 472 and 378 of them in the blocks' attentions.
 
 Two ways to leave a reference out: the mask of `AdapterAttention` for one that is not there, features set to zero for
 one that is dropped in training or guidance. The second leaves learned tokens that say "unknown".
@@ -25,7 +26,7 @@ from wan_jax.models.dit import Attention
 from wan_jax.nn.attention import attention
 from wan_jax.nn.conv import Conv1d
 from wan_jax.nn.layers import MLP, LayerNorm, Linear, RMSNorm, gelu_erf, param, timestep_embedding
-from wan_jax.nn.mel import mel_spectrogram
+from wan_jax.nn.mel import frames, hann_window, mel_spectrogram
 from wan_jax.nn.stack import apply_stack, init_stack
 from wan_jax.parallel import constrain
 
@@ -238,10 +239,10 @@ def voice_features(wave_BRn: Array, cfg: MelConfig) -> Array:
         frames and its speaking rate in octaves from 4 Hz. Never all zero, even in silence.
     """
     mel = mel_spectrogram(wave_BRn.reshape(-1, wave_BRn.shape[-1]), cfg)
-    frames = _frames(wave_BRn, cfg)
-    octaves, voiced = pitch_contour(frames, cfg)
+    windows = frames(wave_BRn, cfg)
+    octaves, voiced = pitch_contour(windows, cfg)
     octaves = jnp.where(voiced > 0, octaves, 0.0)
-    rms = jnp.sqrt(jnp.square(frames).mean(-1))
+    rms = jnp.sqrt(jnp.square(windows).mean(-1))
     rate = jnp.log2(speaking_rate(rms, cfg) / 4.0)
     columns = (
         octaves,
@@ -252,14 +253,6 @@ def voice_features(wave_BRn: Array, cfg: MelConfig) -> Array:
     )
     mel = mel.reshape(*rms.shape, cfg.num_bins) + 2
     return jnp.concatenate([mel, jnp.stack(columns, axis=-1)], axis=-1)
-
-
-def _frames(wave: Array, cfg: MelConfig) -> Array:
-    """[..., n] -> [..., T, n_fft]: the windows of the mel front-end."""
-    pad = (cfg.n_fft - cfg.hop) // 2
-    wave = jnp.pad(wave, [(0, 0)] * (wave.ndim - 1) + [(pad, pad)], mode="reflect")
-    starts = np.arange(0, wave.shape[-1] - cfg.n_fft + 1, cfg.hop)
-    return wave[..., starts[:, None] + np.arange(cfg.n_fft)]
 
 
 def pitch_contour(frames: Array, cfg: MelConfig) -> tuple[Array, Array]:
@@ -273,16 +266,19 @@ def pitch_contour(frames: Array, cfg: MelConfig) -> tuple[Array, Array]:
     `PITCH_BAND`, read off at twice the sampling rate and refined by a parabola; no search for the best path.
     """
     n, rate = cfg.n_fft, 2 * cfg.sample_rate
-    window = np.hanning(n + 1)[:-1]
-    spectrum = jnp.fft.rfft((frames - frames.mean(-1, keepdims=True)) * jnp.asarray(window, jnp.float32), 2 * n)
-    band = np.arange(n + 1) * cfg.sample_rate / (2 * n) < PITCH_BAND
-    correlation = jnp.fft.irfft(jnp.square(jnp.abs(spectrum)) * band, 4 * n)
-    of_window = np.fft.irfft(np.abs(np.fft.rfft(window, 2 * n)) ** 2, 4 * n)
     lags = np.arange(int(rate / PITCH_RANGE[1]) - 1, int(rate / PITCH_RANGE[0]) + 2)
+    # From the power spectrum straight to these lags, behind lag zero: a matrix is faster than an inverse FFT here.
+    bins = np.arange(int(2 * n * PITCH_BAND / cfg.sample_rate))
+    cosines = np.cos(np.pi * np.outer(bins, np.append(0, lags) / 2) / n) * np.where(bins, 1.0, 0.5)[:, None]
+    window = hann_window(n)
+    of_window = np.square(np.abs(np.fft.rfft(window, 2 * n)))[bins] @ cosines
 
-    power = correlation[..., :1]
-    silence = QUIET[0] * power.max(-2, keepdims=True) + QUIET[1] * of_window[0]
-    score = correlation[..., lags] / (power + silence) * jnp.asarray(of_window[0] / of_window[lags], jnp.float32)
+    spectrum = jnp.fft.rfft((frames - frames.mean(-1, keepdims=True)) * window, 2 * n)[..., : len(bins)]
+    power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+    correlation = jnp.dot(power, jnp.asarray(cosines, jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    total = correlation[..., :1]
+    silence = QUIET[0] * total.max(-2, keepdims=True) + QUIET[1] * of_window[0]
+    score = correlation[..., 1:] / (total + silence) * jnp.asarray(of_window[0] / of_window[1:], jnp.float32)
     before, here, after = score[..., :-2], score[..., 1:-1], score[..., 2:]
     cost = jnp.asarray(OCTAVE_COST * np.log2(lags[1:-1]), jnp.float32)
     best = jnp.where((here >= before) & (here > after), here - cost, -jnp.inf).argmax(-1)[..., None]

@@ -30,14 +30,19 @@ def mel_spectrogram(wave_Bn: Array, cfg: MelConfig) -> Array:
     Returns:
         [B, n // hop, M] float32, at least ``log10(cfg.floor)``. Frame ``i`` is centred on sample ``(i + 1/2) hop``.
     """
-    pad = (cfg.n_fft - cfg.hop) // 2
-    wave = jnp.pad(jnp.clip(wave_Bn.astype(jnp.float32), -1, 1), [(0, 0), (pad, pad)], mode="reflect")
-    starts = np.arange(0, wave.shape[1] - cfg.n_fft + 1, cfg.hop)
-    frames = wave[:, starts[:, None] + np.arange(cfg.n_fft)] * hann_window(cfg.n_fft)
-    spectrum = jnp.fft.rfft(frames)
+    wave = jnp.clip(wave_Bn.astype(jnp.float32), -1, 1)
+    spectrum = jnp.fft.rfft(frames(wave, cfg) * hann_window(cfg.n_fft))
     magnitude = jnp.sqrt(jnp.square(spectrum.real) + jnp.square(spectrum.imag) + 1e-9)
     mel = jnp.dot(magnitude, mel_filters(cfg).T, precision=jax.lax.Precision.HIGHEST)
     return jnp.log10(jnp.maximum(mel, cfg.floor))
+
+
+def frames(wave: Array, cfg: MelConfig) -> Array:
+    """Windows [..., T, n_fft] of samples [..., n], one every ``hop``, reflected at the ends."""
+    pad = (cfg.n_fft - cfg.hop) // 2
+    wave = jnp.pad(wave, [(0, 0)] * (wave.ndim - 1) + [(pad, pad)], mode="reflect")
+    starts = np.arange(0, wave.shape[-1] - cfg.n_fft + 1, cfg.hop)
+    return wave[..., starts[:, None] + np.arange(cfg.n_fft)]
 
 
 def hann_window(length: int) -> np.ndarray:

@@ -250,7 +250,8 @@ def _loaded_shape(shape: tuple[int, ...], leaf: Leaf) -> tuple[int, ...]:
     return leaf.transform.load(np.broadcast_to(np.int8(0), shape)).shape
 
 
-def _host_array(tensor: Any) -> Array:
+def host_array(tensor: Any) -> Array:
+    """The values of a `LazyTensor`, or of any array."""
     return tensor.numpy() if hasattr(tensor, "numpy") else np.asarray(tensor)
 
 
@@ -304,7 +305,7 @@ def _read(leaf: Leaf, source: Mapping[str, Any], bounds: tuple[tuple[int, int], 
             block = block[..., a - start : b - start]
             inner[-1] = a - first, b - first
         tensor = source[piece.source]
-        ours = leaf.transform.fold(leaf.transform.load(_host_array(tensor)).reshape(shape))
+        ours = leaf.transform.fold(leaf.transform.load(host_array(tensor)).reshape(shape))
         _copy(block, ours[tuple(slice(*bound) for bound in inner)])
         if hasattr(tensor, "release"):
             tensor.release()

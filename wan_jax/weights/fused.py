@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from wan_jax.errors import CheckpointError
+from wan_jax.weights.engine import host_array
 
 # Names of magnitude and direction behind the module's: `torch.nn.utils.weight_norm` of old, and its parametrization.
 _SPELLINGS = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1"))
@@ -30,7 +31,7 @@ class FusedTensor:
         return np.dtype(np.float32)
 
     def numpy(self) -> np.ndarray:
-        g, v = (_values(tensor).astype(np.float32) for tensor in (self.magnitude, self.direction))
+        g, v = (host_array(tensor).astype(np.float32) for tensor in (self.magnitude, self.direction))
         return g * (v / np.linalg.norm(v.reshape(len(v), -1), axis=1).reshape(g.shape))
 
     def release(self) -> None:
@@ -77,7 +78,3 @@ class FusedWeights(Mapping[str, Any]):
 
     def __exit__(self, *exception: object) -> None:
         self._source.close()
-
-
-def _values(tensor: Any) -> np.ndarray:
-    return tensor.numpy() if hasattr(tensor, "numpy") else np.asarray(tensor)

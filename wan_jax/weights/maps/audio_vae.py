@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from wan_jax.config import AudioVAEConfig
 from wan_jax.errors import CheckpointError
 from wan_jax.weights.engine import Row
+from wan_jax.weights.maps import numbered
 
 IGNORE: dict[str, list[tuple[str, str]]] = {"official": []}
 
@@ -54,24 +55,16 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> AudioVAEConfig:
     Raises:
         CheckpointError: these are not the names of the audio autoencoder.
     """
-
-    def count(name: str) -> int:
-        """How many numbers in a row, from 0, give a known name."""
-        i = 0
-        while name.format(i) in shapes:
-            i += 1
-        return i
-
     try:
         dim, num_bins, _ = shapes["encoder.conv_in.weight"]
-        levels = range(count("encoder.down.{}.block.0.conv1.weight"))
+        levels = numbered(shapes, "encoder.down.{}.block.0.conv1.weight")
         return AudioVAEConfig(
             num_bins=num_bins,
             dim=dim,
-            dim_mult=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] // dim for i in levels),
-            num_res_blocks=count("encoder.down.0.block.{}.conv1.weight"),
+            dim_mult=tuple(shape[0] // dim for shape in levels),
+            num_res_blocks=len(numbered(shapes, "encoder.down.0.block.{}.conv1.weight")),
             z_dim=shapes["decoder.conv_in.weight"][1],
-            down_levels=tuple(i for i in levels if f"encoder.down.{i}.downsample.conv1.weight" in shapes),
+            down_levels=tuple(i for i in range(len(levels)) if f"encoder.down.{i}.downsample.conv1.weight" in shapes),
         )
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"not an MMAudio autoencoder: {error} among {len(shapes)} names") from error

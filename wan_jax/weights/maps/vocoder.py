@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from wan_jax.config import VocoderConfig
 from wan_jax.errors import CheckpointError
 from wan_jax.weights.engine import Row
+from wan_jax.weights.maps import numbered
 
 _ACTIVATION = r"(resblocks\.\d+\.activations\.\d+|activation_post)"
 IGNORE: dict[str, list[tuple[str, str]]] = {
@@ -45,20 +46,12 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> VocoderConfig:
     Raises:
         CheckpointError: these are not the names of a BigVGAN.
     """
-
-    def family(name: str) -> list[tuple[int, ...]]:
-        """Shapes of the known names with 0, 1, 2, ... in the place of the braces."""
-        found: list[tuple[int, ...]] = []
-        while (numbered := name.format(len(found))) in shapes:
-            found.append(shapes[numbered])
-        return found
-
     try:
         dim, num_bins, _ = shapes["conv_pre.weight"]
-        kernels = tuple(shape[-1] for shape in family("ups.{}.0.weight"))
-        blocks = family("resblocks.{}.convs1.0.weight")
+        kernels = tuple(shape[-1] for shape in numbered(shapes, "ups.{}.0.weight"))
+        blocks = numbered(shapes, "resblocks.{}.convs1.0.weight")
         res_kernels = tuple(shape[-1] for shape in blocks[: len(blocks) // len(kernels)])
-        pairs = [len(family(f"resblocks.{k}.convs1.{{}}.weight")) for k in range(len(res_kernels))]
+        pairs = [len(numbered(shapes, f"resblocks.{k}.convs1.{{}}.weight")) for k in range(len(res_kernels))]
         return VocoderConfig(
             num_bins=num_bins,
             dim=dim,
