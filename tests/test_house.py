@@ -36,15 +36,19 @@ MAY_IMPORT = {
     "ffmpeg": "",
     "media": "config ffmpeg",
     "text": "config",
+    "captions": "",
     "weights": "config parallel models checkpoint",
     "sampling": "config parallel",  # it is given a velocity function
     "resume": "sampling weights",  # the saved state is a safetensors file
-    "request": "config sampling",
+    "request": "config sampling captions",
+    "references": "media request",
     "model": "config parallel models checkpoint text weights",
     "conditions": "config parallel nn models media sampling",
-    "pipeline": "wan_jax parallel nn models model media request conditions sampling resume weights",
+    "sound": "config nn models media references conditions sampling",
+    "provenance": "wan_jax config ffmpeg media",
+    "pipeline": "wan_jax parallel nn models model media request references conditions sound sampling resume weights",
     "conversion": "config checkpoint model weights",  # whole models, from layout to layout
-    "cli": "wan_jax config parallel media request model pipeline weights conversion",
+    "cli": "wan_jax config parallel media request references model pipeline provenance weights conversion",
 }
 FOREIGN = {"torch", "transformers", "diffusers", "tensorflow", "convert", "configs", "benchmarks", "tests"}
 

@@ -356,7 +356,7 @@ def test_one_stream_alone(model, tmp_path):
     assert read_settings(path) == heard.settings
     with pytest.raises(InputError, match="no picture"):
         heard.save(tmp_path / "rain.mp4")
-    with pytest.raises(InputError, match="no sound"):
+    with pytest.raises(InputError, match="holds no picture"):
         silent.save(tmp_path / "rain.wav")
 
 

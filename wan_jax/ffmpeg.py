@@ -141,8 +141,8 @@ def decode_sound(path: Path, seconds: float) -> Sound:
 
 
 def read_comment(path: Path) -> str:
-    """The ``comment`` of a video file, or an empty string."""
-    listing, _ = _read(path, "-f", "ffmetadata", "pipe:1")
+    """The ``comment`` of a video or sound file, or an empty string."""
+    listing, _ = _read(path, "-f", "ffmetadata", "pipe:1", sound=container(path) is None)
     # Lines key=value, in which = ; # \ and newline are escaped by a backslash.
     line = re.search(r"^comment=(.*)$", listing.decode("utf-8", "replace"), re.MULTILINE)
     return re.sub(r"\\(.)", r"\1", line[1]) if line else ""
@@ -182,6 +182,17 @@ def write_mp4(path: Path, clip: Clip, *, comment: str, crf: int, preset: str) ->
     heard = found.num_samples / found.sample_rate if found.sample_rate else 0.0
     if abs(heard - written) > 1 / clip.fps:
         raise WanError(f"the mp4 reads back with {heard:.3f} s of sound, written were {written:.3f} s")
+
+
+def write_wav(path: Path, audio: np.ndarray, sample_rate: int, *, comment: str) -> None:
+    """16-bit PCM of float32 [n] or [n, channels]; then read back."""
+    channels = str(audio.size // len(audio))
+    source = ["-f", "f32le", "-ar", str(sample_rate), "-ac", channels, "-i", "pipe:0"]
+    feed = np.ascontiguousarray(audio, "<f4").data.cast("B")
+    _run(*source, "-c:a", "pcm_s16le", "-metadata", f"comment={comment}", f"file:{path}", feed=feed)
+    found = decode_sound(path, len(audio) / sample_rate + 1)
+    if len(found.audio) != len(audio):
+        raise WanError(f"the wav reads back with {len(found.audio)} samples, written were {len(audio)}")
 
 
 def _stated_duration(log: str) -> float | None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 STILLS = (".png", ".jpg", ".jpeg")
-SUFFIXES = (".mp4", ".gif", ".webp", *STILLS)
+SUFFIXES = (".mp4", ".gif", ".webp", *STILLS, ".wav")
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # not EPS and others that start programs
 MAX_SETTINGS_BYTES = 64_000  # of JSON; a JPEG segment holds 65,533 bytes
@@ -43,10 +43,10 @@ _EXIF_IFD, _USER_COMMENT, _ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"  # Exif 2.3, s
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """Frames, with or without sound, and the settings that made them. Shown as a video in a notebook.
+    """Frames, sound or both, and the settings that made them. Shown as a player in a notebook.
 
     Args:
-        video: uint8 [T, H, W, 3], sRGB, at least one frame.
+        video: uint8 [T, H, W, 3], sRGB, at least one frame; None for sound alone.
         fps: frames per second, 0.1 to 240.
         audio: float32 [n] or [n, channels] in [-1, 1], one or two channels; it starts with the first frame.
         sample_rate: samples per second, given exactly when there is sound.
@@ -56,7 +56,7 @@ class Clip:
         InputError: for another shape, dtype or range.
     """
 
-    video: np.ndarray
+    video: np.ndarray | None
     fps: float
     audio: np.ndarray | None = None
     sample_rate: int | None = None
@@ -64,7 +64,11 @@ class Clip:
 
     def __post_init__(self) -> None:
         video, audio = self.video, self.audio
-        if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or not video.size:
+        if video is None and audio is None:
+            raise InputError("a clip needs video or audio")
+        if video is not None and (
+            video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or not video.size
+        ):
             raise InputError(f"video is {video.dtype} {list(video.shape)}: need uint8 [T, H, W, 3], none 0")
         if not 0.1 <= self.fps <= 240:
             raise InputError(f"fps={self.fps}: need 0.1 to 240, for example 16")
@@ -75,21 +79,23 @@ class Clip:
 
     @property
     def num_frames(self) -> int:
-        return len(self.video)
+        """0 for sound alone."""
+        return 0 if self.video is None else len(self.video)
 
     @property
     def duration(self) -> float:
-        """Length of the picture in seconds."""
-        return self.num_frames / self.fps
+        """Length of the picture in seconds, or of sound alone."""
+        return len(self.audio) / self.sample_rate if self.video is None else self.num_frames / self.fps
 
     def save(self, path: str | Path, **encoding: Any) -> Path:
         """Write the clip to ``path``; see `save`."""
         return save(self, path, **encoding)
 
     def _repr_html_(self) -> str:
+        tag, suffix = ("audio", "wav") if self.video is None else ("video", "mp4")
         with tempfile.TemporaryDirectory() as folder:
-            data = base64.b64encode(self.save(Path(folder, "clip.mp4")).read_bytes()).decode()
-        return f'<video controls loop src="data:video/mp4;base64,{data}"></video>'
+            data = base64.b64encode(self.save(Path(folder, f"clip.{suffix}")).read_bytes()).decode()
+        return f'<{tag} controls loop src="data:{tag}/{suffix};base64,{data}"></{tag}>'
 
 
 def check_audio(name: str, audio: np.ndarray) -> None:
@@ -302,7 +308,7 @@ def check_writable(path: str | Path, num_frames: int | None = None) -> Path:
     Args:
         path: a file name with a known suffix, a name of numbered pictures such as ``shot-%05d.png``, or a
             folder written with a final ``/`` (``shot/`` stands for ``shot/shot-%05d.png``).
-        num_frames: of the clip to come, if known.
+        num_frames: of the clip to come, if known; 0 for sound alone.
 
     Returns:
         The path for `save`.
@@ -318,6 +324,9 @@ def check_writable(path: str | Path, num_frames: int | None = None) -> Path:
     if suffix not in SUFFIXES:
         hint = nearest(suffix, SUFFIXES) or "; end the name of a folder for pictures with '/'"
         raise InputError(f"cannot write {target}: its suffix is none of {', '.join(SUFFIXES)}{hint}")
+    if num_frames is not None and (suffix == ".wav") != (num_frames == 0):
+        fix = "there is no picture: name it .wav" if num_frames == 0 else "a .wav holds no picture: name it .mp4"
+        raise InputError(f"cannot write {target}: {fix}")
     if numbered and suffix not in STILLS:
         raise InputError(f"cannot write {target}: numbered files are for {', '.join(STILLS)}")
     if not numbered and suffix in STILLS and (num_frames or 1) > 1:
@@ -343,7 +352,8 @@ def save(clip: Clip, path: str | Path, *, crf: int = 12, preset: str = "medium")
     replaced in one step, and only after the new one has been read back.
 
     ``.mp4``: H.264 converted to and tagged as BT.709 limited range, AAC sound. An odd width or height keeps
-    full colour resolution (yuv444p, which some players lack), since yuv420p needs even sides. ``.gif``,
+    full colour resolution (yuv444p, which some players lack), since yuv420p needs even sides. ``.wav``: sound
+    alone, 16 bits. ``.gif``,
     ``.webp``: animation without sound. ``.png``, ``.jpg``: one frame, or numbered files named as in
     `check_writable`, which replace an older and longer sequence of the same name whole.
 
@@ -370,6 +380,8 @@ def save(clip: Clip, path: str | Path, *, crf: int = 12, preset: str = "medium")
             with _replacing(target) as temp:
                 if temp.suffix == ".mp4":
                     ffmpeg.write_mp4(temp, clip, comment=text, crf=crf, preset=preset)
+                elif temp.suffix == ".wav":
+                    ffmpeg.write_wav(temp, clip.audio, clip.sample_rate, comment=text)
                 else:
                     _write_pictures(temp, clip.video, clip.fps, text)
     except (OSError, WanError) as error:
@@ -466,7 +478,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         InputError: the file is missing, unreadable, or holds no settings.
     """
     path = _existing_file(path, max_bytes=sys.maxsize)
-    if ffmpeg.container(path) in (None, "gif"):
+    if ffmpeg.container(path, (*ffmpeg.SOUND, "gif")) in (None, "gif"):
         text = _picture_comment(path)
     else:
         text = ffmpeg.read_comment(path)
