@@ -22,7 +22,7 @@ CORE = [
     "huggingface_hub>=2",
     "tqdm",
 ]
-TEST = ["pytest", "pytest-xdist", "ruff", "ml_collections", "nbmake", "ipykernel"]
+TEST = ["pytest", "pytest-xdist", "ruff", "ml_collections", "nbmake", "ipykernel", "c2pa-python", "cryptography"]
 
 setup(
     name="wan_jax",
@@ -38,6 +38,7 @@ setup(
     extras_require={
         "train": ["grain", "tensorboard"],
         "video": ["av"],
+        "faces": ["opencv-python-headless<5"],  # 5 comes without the cascades
         "c2pa": ["c2pa-python"],
         "tpu": ["jax[tpu]"],
         "cuda13": ["jax[cuda13]"],

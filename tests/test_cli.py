@@ -29,6 +29,7 @@ from wan_jax.cli import main, make_parser
 from wan_jax.config import MODELS
 from wan_jax.errors import WanError
 from wan_jax.media import Clip, read_image, read_settings, read_video
+from wan_jax.references import ResolvedReference
 from wan_jax.request import resolve
 from wan_jax.weights.writers import write_safetensors
 
@@ -227,8 +228,11 @@ def test_recipes_hold_official_settings(path):
     config.pop("output", None)
     picture = np.zeros((480, 832, 3), np.uint8) if spec.task in ("i2v", "flf2v") else None
     last = picture if spec.task == "flf2v" else None
-    request = resolve(spec, "a cat", image=picture, last_image=last, **config)
-    official = resolve(spec, "a cat", image=picture, last_image=last)
+    given = dict(image=picture, last_image=last)
+    if spec.needs_references:
+        given |= dict(references=[ResolvedReference(np.zeros((8, 8, 3), np.uint8))], consent="yes")
+    request = resolve(spec, "a cat", **given, **config)
+    official = resolve(spec, "a cat", **given)
     advised = {"shift": 8.0, "guidance_scale": 6.0} if path.stem == "t2v_1_3b" else {}
     one_frame = {"num_frames": 1} if path.stem == "t2i_14b" else {}
     assert request.settings(0) == official.settings(0) | advised | one_frame
@@ -241,6 +245,7 @@ def test_recipes_show_commands_that_work(path, picture, capsys):
     os.symlink(ROOT / "configs", "configs")
     for name in ("photo.jpg", "first.png", "last.png"):
         Image.open(picture).save(name)
+    Clip(None, fps=24, audio=np.full(16_000, 0.1, np.float32), sample_rate=16_000).save("voice.wav")
     for words in commands:
         if words[0] == "generate" and path.stem != "tiny":
             assert main([*words, "--dry-run"]) == 0
@@ -319,7 +324,7 @@ def test_wrong_recipes(text, message, tiny_folder, capsys):
         ("t2v", "--lora no.safetensors", "adapter 'no.safetensors': no such file"),
         ("t2v", "--from no.mp4", "no.mp4 is missing: give the path of a local file"),
         ("t2v", "--from a.png", "a.png holds no settings of wan_jax"),
-        ("t2v", "--image a.png", "makes video from text alone; for a picture use one of wan2.1-i2v-14b-480p"),
+        ("t2v", "--image a.png", "makes video from text alone; for a first picture use one of wan2.1-i2v-14b-480p"),
         ("i2v", "", "needs a picture: give image= (--image)"),
         ("i2v", "--image no.png", "no.png is missing: give the path of a local file"),
         ("i2v", "--image folder.gif", "folder.gif is not a readable file"),

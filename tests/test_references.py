@@ -14,7 +14,7 @@ from PIL import Image
 
 from wan_jax import references
 from wan_jax.errors import InputError
-from wan_jax.media import Clip
+from wan_jax.media import Clip, read_image
 from wan_jax.references import Reference, best_frame, clean_voice, letterbox, resolve_references, voice_crop
 
 RATE = 16_000
@@ -263,3 +263,19 @@ def test_clean_voice_loops_short_ones_and_lets_silence_be() -> None:
     short = clean_voice(np.concatenate([silence(0.6), speech(0.5), silence(0.6)]))
     assert short.shape == (RATE,) and (np.abs(short.reshape(10, -1)).max(axis=1) > 0.05).all(), "silence was left"
     assert np.array_equal(clean_voice(silence(3)), silence(1))
+
+
+def test_a_voice_without_a_face_is_a_warning(caplog, monkeypatch):
+    voice = (np.float32(0.3) * np.sin(np.arange(32_000, dtype=np.float32) / 20), 16_000)
+    for found, warned in ((None, False), (True, False), (False, True)):
+        caplog.clear()
+        monkeypatch.setattr(references, "shows_face", lambda picture, found=found: found)
+        resolve_references([Reference(image=np.zeros((8, 8, 3), np.uint8), voice=voice)])
+        assert ("no face was found" in caplog.text) == warned
+
+
+def test_faces_are_found():
+    pytest.importorskip("cv2")
+    folder = Path(pytest.importorskip("skimage").__file__).parent / "data"
+    assert references.shows_face(read_image(folder / "astronaut.png"))
+    assert not references.shows_face(np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8))

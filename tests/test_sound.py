@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 import wan_jax
 from wan_jax import Reference, pipeline
 from wan_jax.checkpoint import flatten_params, unflatten_like
+from wan_jax.cli import main
 from wan_jax.config import MODELS, FusionConfig, IdentityConfig, VoiceConfig
 from wan_jax.conversion import import_folder
 from wan_jax.errors import CheckpointError, InputError, NonFiniteError
-from wan_jax.media import read_settings, read_video
+from wan_jax.media import Clip, read_settings, read_video
 from wan_jax.model import build
 from wan_jax.models.fusion import Fusion
 from wan_jax.models.identity import voice_features
@@ -421,3 +425,80 @@ def test_models_without_sound_refuse_it():
         resolve(MODELS["ovi-5s"], "a cat", references=[object()], consent="yes")
     with pytest.raises(InputError, match="wan2.6-r2av-11b has no published weights"):
         wan_jax.load("wan2.6-r2av-11b")
+
+
+# ---- on the command line -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """photo.png, voice.wav and friend.mp4 in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(FACE).save("photo.png")
+    Clip(None, fps=24, audio=VOICE, sample_rate=16_000).save("voice.wav")
+    frames = RNG.integers(0, 256, (12, 32, 32, 3), np.uint8)
+    Clip(frames, fps=12, audio=OTHER[:16_000], sample_rate=16_000).save("friend.mp4")
+
+
+def test_command_makes_a_talking_clip(tiny_folder, files, capsys):
+    model = str(tiny_folder("r2av"))
+    words = ["generate", "--model", model, "--reference", "photo.png", "--voice", "voice.wav"]
+    words += ["--reference", "friend.mp4", "--describe", "2:a tall man"]
+    words += ["--prompt", 'Character1 says "Yes!" to character2']
+    size = ["--size", "32x32", "--num-frames", "5", "--num-steps", "2", "--dtype", "float32", "--quiet"]
+    assert main([*words, *size]) == 2 and "--i-have-consent" in capsys.readouterr().err
+    words.append("--i-have-consent")
+    assert main([*words, *size, "--dry-run"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["caption"].splitlines()[1] == "<img2>: a tall man, <sub2>"
+    assert main([*words, *size, "--clean-voice", "--output", "clip.mp4"]) == 0
+    made = read_settings("clip.mp4")
+    assert made["clean_voice"] and [r["voice_sha256"] is not None for r in made["references"]] == [True, True]
+    assert "photo.png" not in json.dumps(made)  # what was given is named by digests
+    capsys.readouterr()
+
+    # From the clip everything but the references comes back; without them it says what is missing.
+    assert main(["generate", "--model", model, "--from", "clip.mp4", "--dry-run"]) == 2
+    assert "was made with --reference" in (said := capsys.readouterr().err) or "needs 1 to 5 references" in said
+
+
+def test_command_makes_sound_alone(tiny_folder, files, capsys):
+    words = ["generate", "--model", str(tiny_folder("ovi")), "--prompt", "rain", "--audio-only", "--num-frames", "5"]
+    assert main([*words, "--size", "32x32", "--num-steps", "1", "--quiet"]) == 0
+    assert capsys.readouterr().out.strip() == "clip.wav" and read_settings("clip.wav")["video"] is False
+    assert main([*words, "--output", "rain.mp4", "--dry-run"]) == 2 and "name it .wav" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--voice voice.wav", "a voice belongs to the --reference before it; there is none"),
+        ("--reference photo.png --voice voice.wav --voice voice.wav", "has a voice already"),
+        ("--reference photo.png --describe 2:x", "--describe '2:x': need N:TEXT"),
+        ("--reference photo.png --describe x", "--describe 'x': need N:TEXT"),
+        ("--reference voice.wav", "is a sound: give it as the voice"),
+        ("--reference gone.png", "gone.png is missing"),
+        ("--reference photo.png --no-audio", "makes picture and sound together"),
+        ("--reference photo.png " * 6, "6 references: need 1 to 5"),
+        ("--reference playlist.mp4", "playlist.mp4 is not"),
+    ],
+)
+def test_wrong_use_is_found_before_loading(options, message, files, capsys):
+    Path("playlist.mp4").write_text("ffconcat version 1.0\nfile voice.wav\n")
+    words = ["generate", "--model", "dreamid-omni", "--prompt", "x", "--i-have-consent", *options.split()]
+    try:
+        code = main(words)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2 and message in capsys.readouterr().err
+
+
+def test_new_adapters_on_a_base(tiny_folder, tmp_path, model, clip):
+    words = ["convert", "adapters", str(tiny_folder("r2av")), str(tmp_path / "new"), "--dtype", "float32"]
+    assert main([*words, "--image-encoder", str(tiny_folder("i2v"))]) == 0
+    untrained = wan_jax.load(tmp_path / "new", dtype="float32")
+    assert untrained.spec.dit.identity and untrained.spec.dit.voice and untrained.spec.clip
+    again = wan_jax.generate(untrained, **R2AV)
+    assert np.abs(again.video.astype(int) - clip.video).max() <= 1  # the program is another, and rounds differently
+    np.testing.assert_allclose(again.audio, clip.audio, atol=1e-4)
+    assert main(["convert", "adapters", str(tiny_folder("ovi")), str(tmp_path / "x"), "--image-encoder", "y"]) != 0

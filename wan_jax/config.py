@@ -223,6 +223,21 @@ class VoiceConfig:
 
 
 @dataclass(frozen=True)
+class CouplingConfig:
+    """Attention between the streams with maps and a sense of time of its own, for small models trained from nothing.
+
+    A query looks around its own moment: scores fall with the square of the time between the two tokens, over a
+    learned reach. The heads of video tokens look at the single frames of their latent in turn. Tokens of references
+    take no part.
+    """
+
+    latent_frames: int = 4  # video frames of a latent after the first; the heads are a multiple of them
+    fps: float = 16.0
+    audio_latent: float = 0.032  # seconds of an audio latent
+    reach: float = 0.09  # seconds, at the start of training
+
+
+@dataclass(frozen=True)
 class FusionConfig(DiTConfig):
     """Twin-stream transformer: a video and an audio stream of equal blocks, coupled in each of them.
 
@@ -233,6 +248,7 @@ class FusionConfig(DiTConfig):
     audio_dim: int = 20  # channels of an audio latent
     audio_kernel: int = 7  # of the convolutions of the audio stem
     audio_rope_scale: float = 0.19676  # latent frames per audio latent, as trained
+    coupling: CouplingConfig | None = None  # None: as in Ovi, where the streams meet in the text's cross-attention
     identity: IdentityConfig | None = None
     voice: VoiceConfig | None = None
 
@@ -243,8 +259,9 @@ class FusionConfig(DiTConfig):
 
     def num_params(self) -> int:
         """Parameters of both streams, without adapters, from the closed formula (checked against Ovi's count)."""
-        d, k = self.dim, self.audio_kernel
-        coupling = self.num_layers * (2 * (d * d + d) + 2 * d + d)
+        d, k, n = self.dim, self.audio_kernel, self.num_heads
+        own = 2 * (d * d + d) + d + (d * n + n) + n if self.coupling else 0
+        coupling = self.num_layers * (2 * (d * d + d) + 2 * d + d + own)
         video_ends = (
             self.patch_size[0] * self.patch_size[1] * self.patch_size[2] * (self.in_dim * d + self.out_dim * (d + 1))
             + d
@@ -424,6 +441,31 @@ MODELS: dict[str, ModelSpec] = {
         ),
     )
 }  # fmt: skip
+
+
+# The small model that ships with the package, trained by `wan_jax.train` on talking puppets. Same parts as wan2.6.
+NANO = ModelSpec(
+    "wan2.6-nano", task="r2av", file="Wan2.6-Nano/model.safetensors",
+    dit=FusionConfig(
+        dim=160, ffn_dim=320, num_heads=4, num_layers=6, in_dim=16, out_dim=16, text_dim=128, text_len=96,
+        freq_dim=128, audio_kernel=3, audio_rope_scale=0.140625, coupling=CouplingConfig(),
+        identity=IdentityConfig(feature_dim=96, dim=128, num_tokens=16, num_layers=1, num_heads=4, max_references=2),
+        voice=VoiceConfig(dim=128, num_tokens=8, num_layers=1, num_heads=4, max_references=2, seconds=1.0),
+    ),
+    vae=VAEConfig(
+        version="2.2", dim=32, dec_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True)
+    ),
+    text=UMT5Config(vocab_size=192, dim=128, dim_attn=128, dim_ffn=256, num_heads=4, num_layers=2),
+    clip=CLIPConfig(image_size=96, patch_size=12, dim=96, mlp_dim=384, num_heads=3, num_layers=3, out_dim=0),
+    sound=SoundSpec(
+        vae=AudioVAEConfig(dim=48, dim_mult=(1, 2), num_res_blocks=1),
+        vocoder=VocoderConfig(
+            dim=128, rates=(8, 8, 4), kernels=(16, 16, 8), res_kernels=(3, 7), res_dilations=((1, 3, 5),) * 2
+        ),
+        num_latents=64, guidance_scale=2.0, negative_prompt="", caption="structured",
+    ),
+    sizes=((96, 96),), num_steps=20, shift=1.0, guidance_scale=2.0, num_frames=33, fps=16, negative_prompt="",
+)  # fmt: skip
 
 
 def from_json(kind: type, data: Mapping[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from wan_jax.checkpoint import save_params
 from wan_jax.config import (
@@ -25,12 +26,14 @@ from wan_jax.config import (
     UMT5Config,
     VocoderConfig,
     VoiceConfig,
+    find_model,
 )
 from wan_jax.errors import InputError
 from wan_jax.model import Model, build
+from wan_jax.models.identity import IdentityAdapter, VoiceAdapter
 from wan_jax.weights import layouts
 from wan_jax.weights.engine import Coverage, check, export
-from wan_jax.weights.maps import clip, dit, fusion, umt5, vae
+from wan_jax.weights.maps import clip, dit, fusion, identity, umt5, vae
 from wan_jax.weights.writers import write_pth, write_safetensors, write_sharded_safetensors
 
 # Distinct values of a random tensor, which a larger one repeats. A prime: no two rows of a matrix are then equal.
@@ -109,6 +112,41 @@ def export_folder(
 
     write_folder(model.spec, target, layout, chosen, tensors, say, after=model.release)
     _copy_tokenizer(model, part_path(model.spec, Path(target), layout, "tokenizer"))
+
+
+def add_adapters(base: Model, encoder: Model, target: str | Path, *, seed: int = 0, say: Say = print) -> None:
+    """Write ``wan2.6-r2av-11b`` before its training: a base model with new adapters, which change nothing yet.
+
+    Args:
+        base: DreamID-Omni, or another model with references and without adapters.
+        encoder: a model whose image encoder sees the references (Wan2.1 picture to video).
+    """
+    if not base.spec.needs_references:
+        raise InputError(f"{base.spec.name} is no base for adapters: give dreamid-omni, or a folder of it")
+    if encoder.spec.clip is None:
+        raise InputError(f"{encoder.spec.name} has no image encoder: give wan2.1-i2v-14b-480p, or a folder of it")
+    kind = find_model("wan2.6-r2av-11b")
+    vision = dataclasses.replace(kind.dit.identity, feature_dim=encoder.spec.clip.dim)
+    cfg = dataclasses.replace(base.spec.dit, identity=vision, voice=kind.dit.voice)
+    spec = dataclasses.replace(base.spec, name=kind.name, file=kind.file, clip=encoder.spec.clip, dit=cfg)
+
+    def tensors(part: str) -> Iterator:
+        source = encoder if part == "image_encoder" else base
+        own = layouts.network_config(source.spec, part)
+        yield from export(source.network(part), layouts.table(part, own), layout="official")
+        if part == "dit":
+            size, rngs = (cfg.dim, cfg.num_heads, cfg.num_layers), nnx.Rngs(seed)
+            new = {
+                "identity_adapter": IdentityAdapter(cfg.identity, *size, dtype=base.dtype, rngs=rngs),
+                "voice_adapter": VoiceAdapter(cfg.voice, *size, dtype=base.dtype, rngs=rngs),
+            }
+            yield from export(new, identity.rows(cfg), layout="official")
+
+    def free(part: str) -> None:
+        (encoder if part == "image_encoder" else base).release(part)
+
+    write_folder(spec, target, "official", layouts.spec_parts(spec), tensors, say, after=free)
+    _copy_tokenizer(base, part_path(spec, Path(target), "official", "tokenizer"))
 
 
 def write_folder(

@@ -39,13 +39,13 @@ _REPLICATED: tuple[None, ...] = ()
 _STREAM = r"((video|audio)\.)?"  # the twin-stream transformer holds the parts of a DiT twice
 RULES: dict[str, tuple[tuple[str, tuple[str | None, ...]], ...]] = {
     "dit": (
-        (rf"{_STREAM}blocks\.(self|cross)_attn\.(q|[kv](_img|_fusion)?)\.kernel", ("layer", "in", "out")),
-        (rf"{_STREAM}blocks\.(self|cross)_attn\.(q|[kv](_img|_fusion)?)\.bias", ("layer", "out")),
-        (rf"{_STREAM}blocks\.(self|cross)_attn\.o\.kernel", ("layer", "out", "in")),
+        (rf"{_STREAM}blocks\.(self|cross)_attn\.(q(_fusion)?|[kv](_img|_fusion)?)\.kernel", ("layer", "in", "out")),
+        (rf"{_STREAM}blocks\.(self|cross)_attn\.(q(_fusion)?|[kv](_img|_fusion)?)\.bias", ("layer", "out")),
+        (rf"{_STREAM}blocks\.(self|cross)_attn\.o(_fusion)?\.kernel", ("layer", "out", "in")),
         (rf"{_STREAM}blocks\.ffn\.fc1\.kernel", ("layer", "in", "out")),
         (rf"{_STREAM}blocks\.ffn\.fc1\.bias", ("layer", "out")),
         (rf"{_STREAM}blocks\.ffn\.fc2\.kernel", ("layer", "out", "in")),
-        (rf"{_STREAM}blocks\.(.*\.bias|.*norm.*|modulation)", _REPLICATED),
+        (rf"{_STREAM}blocks\.(.*\.bias|.*norm.*|modulation|.*\.(gate|reach)_fusion.*)", _REPLICATED),
         (rf"{_STREAM}(text_embedding|time_embedding|img_emb)\.fc[12]\.kernel", ("in", "out")),
         (rf"{_STREAM}time_projection\.kernel", ("in", "out")),
         (rf"{_STREAM}patch_embedding\.kernel", (None, "in")),

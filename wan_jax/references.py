@@ -132,6 +132,8 @@ def _resolve(reference: Reference, k: int, clean: bool) -> ResolvedReference:
         log.warning("%s is silent (peak below -50 dBFS): it will have no effect", name)
     elif is_silent(second):
         log.warning("%s is silent from 1 to 2 s, all that the model hears: cut it or clean it", name)
+    if shows_face(resolved.image) is False:
+        log.warning("reference %d has a voice, but no face was found in it: a person should look at the camera", k)
     return replace(resolved, voice=voice, voice_second=second)
 
 
@@ -169,6 +171,22 @@ def letterbox(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     canvas = np.full((height, width, 3), 255, np.uint8)
     canvas[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
     return canvas
+
+
+def shows_face(picture: np.ndarray) -> bool | None:
+    """Whether uint8 [H, W, 3] shows a face from the front; None without the extra `faces`.
+
+    OpenCV's cascade of Haar features (Viola and Jones, 2001) misses turned, covered and drawn faces.
+    """
+    try:
+        import cv2
+
+        cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades, "haarcascade_frontalface_default.xml")))
+    except (ImportError, AttributeError):
+        return None
+    scale = min(1.0, 640 / max(picture.shape[:2]))  # faces are large in a reference; the time is in the pixels
+    grey = cv2.cvtColor(cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY)
+    return len(cascade.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=4)) > 0
 
 
 # ---- voices ------------------------------------------------------------------------------------------------

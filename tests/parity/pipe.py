@@ -27,9 +27,8 @@ from wan_jax.weights.engine import fill
 def _build(part: str, make, cfg, tensors: dict[str, np.ndarray]):
     prefix = {"dit": "dit.", "vae": "vae.", "image_encoder": "clip."}[part]
     shape = abstract(lambda: make(cfg, rngs=nnx.Rngs(0)))
-    return fill(
-        shape, layouts.table(part, cfg), params(tensors, prefix), network=part, ignore=layouts.ignored(part, cfg, "official")
-    )
+    ignore = layouts.ignored(part, cfg, "official")
+    return fill(shape, layouts.table(part, cfg), params(tensors, prefix), network=part, ignore=ignore)
 
 
 def check_pipe(config: dict, tensors: dict[str, np.ndarray]) -> None:

@@ -50,6 +50,7 @@ class Hub:
     """The addresses that are used: the listing of a revision, and files, in ranges and with redirects."""
 
     def __init__(self):
+        self.repositories = {REPO}  # all with the same files
         self.commits = {"1" * 40: contents(1)}
         self.main = "1" * 40
         self.requests: list[tuple[str, str]] = []  # (path, range)
@@ -85,12 +86,13 @@ class Hub:
             self.cdn_headers.append(dict(request.headers))
         else:
             self.tokens.add(request.headers.get("Authorization"))
-        if found := re.fullmatch(f"/api/models/{REPO}/revision/(.+)", path):
-            commit = self.main if found[1] == "main" else found[1]
+        known = "|".join(map(re.escape, self.repositories))
+        if found := re.fullmatch(f"/api/models/({known})/revision/(.+)", path):
+            commit = self.main if found[2] == "main" else found[2]
             if commit not in self.commits:
                 return self.fail(request, 404, "RevisionNotFound")
-            return self.send(request, json.dumps(self.listing(commit)).encode(), 200)
-        if not (found := re.fullmatch(f"/{REPO}/resolve/([0-9a-f]+)/(.+)", path)):
+            return self.send(request, json.dumps(self.listing(found[1], commit)).encode(), 200)
+        if not (found := re.fullmatch(f"/(?:{known})/resolve/([0-9a-f]+)/(.+)", path)):
             return self.fail(request, 404, "RepoNotFound")
         name = found[2]
         if status := self.status.get(name):
@@ -108,14 +110,14 @@ class Hub:
         drops = self.drop_after.get(name)
         self.send(request, data[start:], 206 if self.ranges else 200, name, drops.pop(0) if drops else None)
 
-    def listing(self, commit: str) -> dict:
+    def listing(self, repo_id: str, commit: str) -> dict:
         siblings = []
         for name, data in self.commits[commit].items():
             git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
             sha256 = hashlib.sha256(data).hexdigest()
             lfs = {"lfs": {"size": len(data), "sha256": sha256, "pointerSize": 130}} if is_large(name) else {}
             siblings.append({"rfilename": name, "size": len(data), "blobId": git} | lfs)
-        return {"id": REPO, "sha": commit, "siblings": siblings}
+        return {"id": repo_id, "sha": commit, "siblings": siblings}
 
     def send(self, request, body: bytes, status: int, name: str = "", drop: int | None = None) -> None:
         request.send_response(status)
@@ -436,6 +438,29 @@ def test_names_of_both_layouts():
     )
     assert official.repo_id == "Wan-AI/Wan2.2-T2V-A14B" and "high_noise_model/*" in official.patterns
     assert diffusers.repo_id == "Wan-AI/Wan2.2-T2V-A14B-Diffusers" and "transformer*/*" in diffusers.patterns
+
+
+def test_a_model_of_several_repositories_is_one_folder(server, tmp_path, capsys):
+    parts = hub.repositories("ovi-10s")
+    assert [part.folder for part in parts] == ["Ovi", "Wan2.2-TI2V-5B", "MMAudio"]
+    server.repositories = {part.repo_id for part in parts}
+    names = ["model_960x960.safetensors", "model_960x960_10s.safetensors", "Wan2.2_VAE.pth", "ext_weights/v1-16.pth"]
+    names += ["models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json", "ext_weights/best_netG.pt"]
+    server.commits["1" * 40] = {name: name.encode() for name in names}
+
+    assert cli.main(["download", "ovi-10s", "--dry-run"]) == 0
+    listed = capsys.readouterr().out
+    assert all(part.repo_id in listed for part in parts) and "model_960x960.safetensors" not in listed
+    file = hub.resolve("ovi-10s", progress=False)
+    assert file.read_bytes() == b"model_960x960_10s.safetensors"
+    folder = file.parents[1]
+    assert {path.relative_to(folder).as_posix() for path in folder.glob("*/**/*.p*t*")} == {
+        "Wan2.2-TI2V-5B/Wan2.2_VAE.pth", "Wan2.2-TI2V-5B/models_t5_umt5-xxl-enc-bf16.pth",
+        "MMAudio/ext_weights/v1-16.pth", "MMAudio/ext_weights/best_netG.pt",
+    }  # fmt: skip
+    assert (folder / "Wan2.2-TI2V-5B/google/umt5-xxl/tokenizer.json").is_file()
+    sent = sum(server.sent.values())
+    assert hub.resolve("ovi-10s", offline=True) == hub.resolve(file) == file and sum(server.sent.values()) == sent
 
 
 def test_the_token_is_stored_nowhere(server, tmp_path, caplog, capfd):

@@ -13,6 +13,7 @@ examples:
   wan-jax convert import Wan2.1-T2V-1.3B t2v-1.3b-orbax            restores faster, straight onto a mesh
   wan-jax convert export my-model  my-model-diffusers --layout diffusers
   wan-jax convert export my-model  my-model-official  --part dit --lora style.safetensors:0.8
+  wan-jax convert adapters dreamid-omni wan2.6-base --image-encoder wan2.1-i2v-14b-480p     wan2.6-r2av-11b, untrained
   wan-jax convert random tiny --tiny t2v                           a small random model to try the commands with
 SRC is a folder in any layout, a model name or a hub repository.
 """
@@ -44,6 +45,14 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     out.add_argument("--dtype", **dtypes)
     out.add_argument("--offline", action="store_true", help="never use the network")
 
+    new = actions.add_parser("adapters", help="new identity and voice adapters on a base: an untrained wan2.6-r2av-11b")
+    new.add_argument("source", metavar="SRC", help="dreamid-omni, or a folder of it")
+    new.add_argument("target", metavar="DST", type=Path)
+    new.add_argument("--image-encoder", metavar="SRC", required=True, help="wan2.1-i2v-14b-480p, or a folder of it")
+    new.add_argument("--dtype", **dtypes)
+    new.add_argument("--seed", type=int, default=0, help="of the new weights")
+    new.add_argument("--offline", action="store_true", help="never use the network")
+
     random = actions.add_parser("random", help="random weights in a published layout, for tests and demonstrations")
     random.add_argument("target", metavar="DST", type=Path)
     kind = random.add_mutually_exclusive_group(required=True)
@@ -51,13 +60,14 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     kind.add_argument("--model", help="one with the real sizes of a published model")
     random.add_argument("--layout", choices=("official", "diffusers"), default="official")
     random.add_argument("--seed", type=int, default=0)
-    for action in (check, to_orbax, out, random):
+    for action in (check, to_orbax, out, new, random):
         action.set_defaults(parser=action)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"check": _check, "import": _import, "export": _export, "random": _random}[args.action](args)
+    actions = {"check": _check, "import": _import, "export": _export, "adapters": _adapters, "random": _random}
+    return actions[args.action](args)
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -95,6 +105,15 @@ def _export(args: argparse.Namespace) -> int:
 
     model = load(args.source, dtype=args.dtype, loras=args.lora, offload=True, offline=args.offline or None)
     export_folder(model, args.target, args.layout, parts=args.part)
+    return 0
+
+
+def _adapters(args: argparse.Namespace) -> int:
+    from wan_jax.conversion import add_adapters
+    from wan_jax.model import load
+
+    options = dict(dtype=args.dtype, offload=True, offline=args.offline or None)
+    add_adapters(load(args.source, **options), load(args.image_encoder, **options), args.target, seed=args.seed)
     return 0
 
 

@@ -9,7 +9,8 @@ from wan_jax.config import MODELS, ModelSpec
 
 TASKS = {
     "t2v": "text to video, text to image", "i2v": "picture to video", "flf2v": "first and last picture to video",
-    "ti2v": "text or picture to video",
+    "ti2v": "text or picture to video", "ti2av": "text or picture to video with sound",
+    "r2av": "references to video with sound",
 }  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def describe(spec: ModelSpec) -> dict:
         "num_frames": spec.num_frames,
         "fps": spec.fps,
         "licence": spec.licence,
-        "repository": spec.repository,
+        "repository": spec.repository or "not published",
     }
 
 
@@ -56,5 +57,6 @@ def run(args: argparse.Namespace) -> int:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print("\nBF16: weights of the diffusion transformers alone; of two experts one is used at a time.")
     print("INT8: what these weights would take; quantisation is not here yet.")
+    print("wan2.6-r2av-11b: without its adapters, which are yours to train; see `wan-jax convert adapters --help`.")
     print("The umT5-xxl text encoder (11.4 GB in bf16) runs first and can be freed before (--offload).")
     return 0

@@ -3,7 +3,7 @@
 Every block lets each stream attend to itself, then to its text and to the other stream with one set of queries.
 Clean latents of reference pictures and voices stand behind the noisy ones in both streams; positions far from the
 clip's, equal in both streams, tell which face has which voice. The ``wan2.6`` family adds adapters
-(``models/identity.py``).
+(``models/identity.py``), and its small models let the streams meet in an attention of their own (`CouplingConfig`).
 
 Axes as in ``models/dit.py``, and ``A`` audio tokens, ``R`` references.
 Source: Ovi ``ovi/modules/{fusion,model}.py``; DreamID-Omni ``dreamid_omni/modules``.
@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from wan_jax.config import FusionConfig
+from wan_jax.config import CouplingConfig, FusionConfig
 from wan_jax.models.dit import Attention, Block, Trunk
 from wan_jax.models.identity import AdapterAttention, IdentityAdapter, VoiceAdapter
+from wan_jax.nn.attention import attention
 from wan_jax.nn.conv import Conv1d
-from wan_jax.nn.layers import LayerNorm, Linear, RMSNorm, patchify, unpatchify
+from wan_jax.nn.layers import LayerNorm, Linear, RMSNorm, param, patchify, unpatchify
+from wan_jax.nn.positions import MARGIN
 from wan_jax.nn.rope import Rope, rope_table, rotate
 from wan_jax.nn.stack import apply_stack
 from wan_jax.parallel import constrain
@@ -32,11 +35,26 @@ Array = jax.Array
 STREAMS = ("video", "audio")
 
 
-class FusionAttention(Attention):
-    """Attention to the text and to the other stream: one set of queries, one output projection.
+class Meeting(NamedTuple):
+    """Where and when a stream meets the other one.
 
-    Queries meet the text as they are, and the other stream rotated by their own positions. The other stream passes a
-    norm that belongs to this one.
+    rope, other_rope: of the tokens of both.
+    lags_NLS: with `CouplingConfig`, seconds from tokens of the other stream to those of this one, of the clip alone.
+    coupled_B: bool, in which samples they meet; default all.
+    """
+
+    rope: Rope
+    other_rope: Rope
+    lags_NLS: Array | None = None
+    coupled_B: Array | None = None
+
+
+class FusionAttention(Attention):
+    """Attention to the text and to the other stream.
+
+    In Ovi one set of queries and one output projection serve both: queries meet the text as they are, and the other
+    stream rotated by their own positions. With `CouplingConfig` the other stream has queries and an output of its own,
+    heads that a token can shut, and a sense of time. It always passes a norm that belongs to this stream.
     """
 
     def __init__(self, cfg: FusionConfig, *, dtype: Any, rngs: nnx.Rngs):
@@ -45,9 +63,16 @@ class FusionAttention(Attention):
         self.k_fusion = Linear(cfg.dim, cfg.dim, dtype=dtype, rngs=rngs)
         self.v_fusion = Linear(cfg.dim, cfg.dim, dtype=dtype, rngs=rngs)
         self.norm_k_fusion = RMSNorm(cfg.dim, eps=cfg.eps, rngs=rngs)
+        if cfg.coupling:
+            self.q_fusion = Linear(cfg.dim, cfg.dim, dtype=dtype, rngs=rngs)
+            self.norm_q_fusion = RMSNorm(cfg.dim, eps=cfg.eps, rngs=rngs)
+            self.o_fusion = Linear(cfg.dim, cfg.dim, dtype=dtype, rngs=rngs)
+            self.gate_fusion = Linear(cfg.dim, cfg.num_heads, dtype=dtype, rngs=rngs)
+            self.gate_fusion.kernel = param(rngs, (cfg.dim, cfg.num_heads), dtype)  # all heads open
+            self.reach_fusion = param(rngs, (cfg.num_heads,), fill=math.log(cfg.coupling.reach))
 
     def __call__(
-        self, x_BLD: Array, text_BSD: Array, other_BMD: Array | None, rope: Rope, other_rope: Rope | None, adapter: Any
+        self, x_BLD: Array, text_BSD: Array, other_BMD: Array | None, meeting: Meeting | None, adapter: Any
     ) -> Array:
         """
         Args:
@@ -56,16 +81,32 @@ class FusionAttention(Attention):
         """
         q = self.queries(x_BLD)
         out = self.attend(q, text_BSD, self.k, self.norm_k, self.v)
-        if other_BMD is not None:
-            other = self.pre_attn_norm_fusion(other_BMD)
+        other = None if other_BMD is None else self.pre_attn_norm_fusion(other_BMD)
+        if other is not None and meeting.lags_NLS is None:
             out = out + self.attend(
-                rotate(q, rope), other, self.k_fusion, self.norm_k_fusion, self.v_fusion, other_rope
+                rotate(q, meeting.rope), other, self.k_fusion, self.norm_k_fusion, self.v_fusion, meeting.other_rope
             )
         out = self.o(out.reshape(x_BLD.shape))
+        if other is not None and meeting.lags_NLS is not None:
+            out = out + self.meet(x_BLD, other, meeting)
         if adapter is not None:
             attend, tokens, mask = adapter
             out = out + attend(q, tokens, mask)
         return out
+
+    def meet(self, x_BLD: Array, other_BMD: Array, meeting: Meeting) -> Array:
+        """What tokens of the clip take from those of the other stream near in time; zero for tokens of references."""
+        _, L, S = meeting.lags_NLS.shape
+        x, other, dtype = x_BLD[:, :L], other_BMD[:, :S], self.o_fusion.kernel.dtype
+        q = rotate(self._heads(self.norm_q_fusion(self.q_fusion(x))), meeting.rope)
+        k = rotate(self._heads(self.norm_k_fusion(self.k_fusion(other))), meeting.other_rope)
+        far = jnp.square(meeting.lags_NLS * jnp.exp(-self.reach_fusion[...])[:, None, None])
+        heads = attention(q.astype(dtype), k.astype(dtype), self._heads(self.v_fusion(other)), bias=-0.5 * far[None])
+        heads = heads * (2 * jax.nn.sigmoid(self.gate_fusion(x)))[..., None]
+        out = self.o_fusion(heads.reshape(x.shape))
+        if meeting.coupled_B is not None:
+            out = jnp.where(meeting.coupled_B[:, None, None], out, 0)
+        return jnp.pad(out, ((0, 0), (0, x_BLD.shape[1] - L), (0, 0)))
 
 
 class GatedConv(nnx.Module):
@@ -123,6 +164,7 @@ class Fusion(nnx.Module):
         identity_BRIC: Array | None = None,
         voice_BRTF: Array | None = None,
         there: dict[str, Array] | None = None,
+        coupled_B: Array | None = None,
         skip_B: Array | None = None,
         remat: bool = False,
         capture: bool = False,
@@ -140,6 +182,7 @@ class Fusion(nnx.Module):
             identity_BRIC: image-encoder tokens of R references, for a model with the identity adapter.
             voice_BRTF: features of R voices (`models.identity.voice_features`), for a model with the voice adapter.
             there: per stream bool [B, R], which of the adapter's references there are; default all.
+            coupled_B: bool, in which samples the streams meet, for a model with `CouplingConfig`; default all.
             skip_B: [B] int, a block that both streams leave out, or -1 (guidance by a weaker model).
             remat: recompute blocks in the backward pass.
             capture: also return a dict of the streams after each block, "video" [layers, B, L, D] and "audio".
@@ -164,6 +207,7 @@ class Fusion(nnx.Module):
             time_BED[stream], time_BE6D[stream] = trunk.embed_time(own)
             embedded[stream] = trunk.text_embedding(text[stream])
         token_times = {"video": token_time, "audio": None}
+        meetings = self._meetings(ropes, grid, times, coupled_B) if len(latents) == 2 else {}
         features = {"video": identity_BRIC, "audio": voice_BRTF}
         features = {stream: x for stream, x in features.items() if stream in latents and x is not None}
         adapters, shown = self._adapters(features, there or {})
@@ -176,16 +220,10 @@ class Fusion(nnx.Module):
                 after[stream], _ = block.attend_to_self(x[stream], modulations[stream], ropes[stream])
             out = {}
             for stream, block in blocks.items():
-                other = next((name for name in after if name != stream), None)  # as it is after its self-attention
+                other = _other(stream)  # as it is after its self-attention
                 adapter = (adapters[stream], *shown[stream]) if stream in adapters else None
-                heard = block.cross_attn(
-                    block.norm3(after[stream]),
-                    embedded[stream],
-                    after.get(other),
-                    ropes[stream],
-                    ropes.get(other),
-                    adapter,
-                )
+                h = block.norm3(after[stream])
+                heard = block.cross_attn(h, embedded[stream], after.get(other), meetings.get(stream), adapter)
                 h = after[stream] + heard
                 out[stream] = _constrain(stream, block.feed_forward(h, modulations[stream]))
             if skip_B is not None:
@@ -203,6 +241,29 @@ class Fusion(nnx.Module):
             velocity["video"] = unpatchify(velocity["video"], grid, cfg.patch_size)
         return (velocity, states) if capture else velocity
 
+    def _meetings(
+        self,
+        ropes: dict[str, Rope],
+        grid: tuple[int, int, int],
+        times: dict[str, Sequence[float]],
+        coupled_B: Array | None,
+    ) -> dict[str, Meeting]:
+        """How each stream attends to the other one."""
+        if self.cfg.coupling is None:
+            return {stream: Meeting(rope, ropes[_other(stream)]) for stream, rope in ropes.items()}
+        counts = {"video": grid[0], "audio": len(ropes["audio"][0])}
+        clip = {s: sum(t < MARGIN for t in times[s]) if times.get(s) else n for s, n in counts.items()}
+        seconds = moments(self.cfg.coupling, self.cfg.num_heads, clip["video"], clip["audio"])
+        per_frame, own = {"video": grid[1] * grid[2], "audio": 1}, {}
+        for stream, x_NT in seconds.items():  # every token of a frame has the frame's time; rotation counts in frames
+            rope = rope_table((clip[stream], 1, 1), self.cfg.head_dim, times=x_NT.mean(0) * self.cfg.coupling.fps)
+            own[stream] = tuple(jnp.repeat(table, per_frame[stream], axis=0) for table in rope)
+            seconds[stream] = jnp.repeat(jnp.asarray(x_NT, jnp.float32), per_frame[stream], axis=1)
+        return {
+            s: Meeting(own[s], own[_other(s)], x[:, :, None] - seconds[_other(s)][:, None, :], coupled_B)
+            for s, x in seconds.items()
+        }
+
     def _adapters(
         self, features: dict[str, Array], there: dict[str, Array]
     ) -> tuple[dict[str, AdapterAttention], dict[str, tuple[Array, Array | None]]]:
@@ -218,6 +279,20 @@ class Fusion(nnx.Module):
                 mask = jnp.repeat(mask, adapter.cfg.num_tokens, axis=1)
             stacks[stream], shown[stream] = adapter.blocks, (adapter.tokens(x), mask)
         return stacks, shown
+
+
+def moments(cfg: CouplingConfig, num_heads: int, num_frames: int, num_latents: int) -> dict[str, np.ndarray]:
+    """Seconds at the middle of what a latent stands for: "video" [heads, num_frames] and "audio" [1, num_latents].
+
+    Video latent k > 0 holds ``latent_frames`` video frames, which the heads take in turn; latent 0 holds one.
+    """
+    frame = np.arange(num_frames) * cfg.latent_frames - cfg.latent_frames + 1
+    frame = np.maximum(frame + np.arange(num_heads)[:, None] % cfg.latent_frames, 0)
+    return {"video": (frame + 0.5) / cfg.fps, "audio": (np.arange(num_latents)[None] + 0.5) * cfg.audio_latent}
+
+
+def _other(stream: str) -> str:
+    return STREAMS[1 - STREAMS.index(stream)]
 
 
 def _constrain(stream: str, x_BLD: Array) -> Array:

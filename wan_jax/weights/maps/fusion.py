@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from wan_jax.config import FusionConfig, IdentityConfig, VoiceConfig, from_json
+from wan_jax.config import CouplingConfig, FusionConfig, IdentityConfig, VoiceConfig, from_json
 from wan_jax.errors import CheckpointError
 from wan_jax.models.fusion import STREAMS
 from wan_jax.weights.engine import Row
@@ -14,6 +15,10 @@ from wan_jax.weights.maps import dit, identity
 
 _CROSS = (
     ("k_fusion", "linear"), ("v_fusion", "linear"), ("pre_attn_norm_fusion", "norm"), ("norm_k_fusion", "norm"),
+)  # fmt: skip
+_COUPLING = (
+    ("q_fusion", "linear"), ("norm_q_fusion", "norm"), ("o_fusion", "linear"), ("gate_fusion", "linear"),
+    ("reach_fusion", "array"),
 )  # fmt: skip
 _STEM = (
     ("conv", "patch_embedding.0"), ("mlp.w1", "patch_embedding.2.w1"), ("mlp.w2", "patch_embedding.2.w2"),
@@ -34,7 +39,7 @@ def rows(cfg: FusionConfig) -> list[Row]:
             table.append(Row(f"{stream}.{row.path}", row.kind, prefix + official, (), row.shape))
         table += [
             Row(f"{stream}.blocks.cross_attn.{name}", kind, f"{prefix}blocks.{{i}}.cross_attn.{name}", ())
-            for name, kind in _CROSS
+            for name, kind in _CROSS + (_COUPLING if cfg.coupling else ())
         ]
     table += [Row(f"audio.patch_embedding.{ours}", "conv", f"audio_model.{theirs}", ()) for ours, theirs in _STEM]
     return table + identity.rows(cfg)
@@ -65,21 +70,26 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any
         audio_dim=shapes[f"{audio}patch_embedding.0.weight"][1],
         audio_kernel=shapes[f"{audio}patch_embedding.0.weight"][2],
         audio_rope_scale=config.get("audio_rope_scale", 0.19676),
-        identity=_adapter(IdentityConfig, "identity", shapes, config),
-        voice=_adapter(VoiceConfig, "voice", shapes, config),
+        coupling=_part(CouplingConfig, "coupling", rf"{video}blocks\..*\.q_fusion\..*", shapes, config),
+        identity=_part(IdentityConfig, "identity", r"identity_adapter\..*", shapes, config),
+        voice=_part(VoiceConfig, "voice", r"voice_adapter\..*", shapes, config),
     )
 
 
-def _adapter(kind: type, name: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> Any:
-    """Configuration of an adapter whose weights are in the file."""
-    if not any(key.startswith(f"{name}_adapter.") for key in shapes):
+def _part(
+    kind: type, name: str, keys: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+) -> Any:
+    """Configuration of a part whose weights are in the file."""
+    found = next((key for key in shapes if re.fullmatch(keys, key)), None)
+    if found is None:
         return None
     if not config.get(name):
-        raise CheckpointError(f"the file holds {name}_adapter weights, its config.json does not describe them")
+        raise CheckpointError(f"the file holds {found}, its config.json does not describe the {name}")
     return from_json(kind, config[name])
 
 
 def config_to_official(cfg: FusionConfig) -> dict[str, Any]:
     """What the shapes in a file do not tell."""
+    told = ("num_heads", "text_len", "audio_rope_scale", "coupling", "identity", "voice")
     about = dataclasses.asdict(cfg)
-    return {name: about[name] for name in ("num_heads", "text_len", "audio_rope_scale", "identity", "voice")}
+    return {name: about[name] for name in told}
