@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "sound": "config nn models media references conditions sampling",
     "provenance": "wan_jax config ffmpeg media",
     "pipeline": "wan_jax parallel nn models model media request references conditions sound sampling resume weights",
-    "train": "config parallel checkpoint sampling train.puppets",
+    "train": "config parallel models checkpoint text sampling train.puppets",
     "train.puppets": "captions",  # a world of its own
     "evaluate": "train.puppets",  # its truth
     "conversion": "config checkpoint models model weights",  # whole models, from layout to layout

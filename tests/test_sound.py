@@ -462,6 +462,31 @@ def test_command_makes_a_talking_clip(tiny_folder, files, capsys):
     assert "was made with --reference" in (said := capsys.readouterr().err) or "needs 1 to 5 references" in said
 
 
+@pytest.mark.parametrize("answer, code", [("yes", 0), ("no", 2)])
+def test_consent_may_be_given_on_a_terminal(answer, code, files, capsys, monkeypatch):
+    for stream in ("stdin", "stderr"):
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: answer)
+    words = ["generate", "--model", "dreamid-omni", "--reference", "photo.png", "--prompt", "x", "--dry-run"]
+    assert main(words) == code
+    seen = capsys.readouterr()
+    assert "every person shown or heard" in seen.err and ("agreed" in seen.out) == (code == 0)
+
+
+def test_sizes_of_models_with_sound():
+    """The first picture decides the aspect, the checkpoint the area; a size that is asked for stands."""
+    wide, spec = np.zeros((1080, 1920, 3), np.uint8), MODELS["ovi-5s"]
+    made = {
+        "picture": resolve(spec, "x", image=wide),
+        "picture, 720": resolve(MODELS["ovi-5s-720"], "x", image=wide),
+        "aspect": resolve(spec, "x", aspect="3:2"),
+        "size": resolve(spec, "x", size=(640, 352)),
+    }
+    assert {name: (r.width, r.height) for name, r in made.items()} == {
+        "picture": (1280, 704), "picture, 720": (960, 544), "aspect": (1184, 768), "size": (640, 352),
+    }  # fmt: skip
+
+
 def test_command_makes_sound_alone(tiny_folder, files, capsys):
     words = ["generate", "--model", str(tiny_folder("ovi")), "--prompt", "rain", "--audio-only", "--num-frames", "5"]
     assert main([*words, "--size", "32x32", "--num-steps", "1", "--quiet"]) == 0

@@ -287,6 +287,7 @@ class SoundSpec:
     image_guidance: float = 0.0  # by passes without the reference pictures, without the voices
     voice_guidance: float = 0.0
     caption: str = "audio"  # form of prompt, see `wan_jax.captions`: audcap, audio, structured
+    area: int = 960 * 960  # pixels, of a clip whose aspect alone is given, or whose first picture
 
     @property
     def hop(self) -> int:
@@ -425,7 +426,7 @@ MODELS: dict[str, ModelSpec] = {
         ),
         ModelSpec(
             "ovi-5s-720", file="Ovi/model.safetensors", sizes=((704, 704), (960, 544), (544, 960), (992, 512)),
-            sound=SoundSpec(skip_layer=11, caption="audcap"), **_OVI,
+            sound=SoundSpec(skip_layer=11, caption="audcap", area=720 * 720), **_OVI,
         ),
         ModelSpec(
             "ovi-10s", file="Ovi/model_960x960_10s.safetensors", sizes=_OVI_SIZES,
@@ -447,7 +448,7 @@ MODELS: dict[str, ModelSpec] = {
 NANO = ModelSpec(
     "wan2.6-nano", task="r2av", file="Wan2.6-Nano/model.safetensors",
     dit=FusionConfig(
-        dim=160, ffn_dim=320, num_heads=4, num_layers=6, in_dim=16, out_dim=16, text_dim=128, text_len=96,
+        dim=160, ffn_dim=320, num_heads=4, num_layers=6, in_dim=16, out_dim=16, text_dim=128, text_len=112,
         freq_dim=128, audio_kernel=3, audio_rope_scale=0.140625, coupling=CouplingConfig(),
         identity=IdentityConfig(feature_dim=96, dim=128, num_tokens=16, num_layers=1, num_heads=4, max_references=2),
         voice=VoiceConfig(dim=128, num_tokens=8, num_layers=1, num_heads=4, max_references=2, seconds=1.0),

@@ -350,6 +350,8 @@ def _size(
     if image is None:
         return asked, asked
     rows, columns, area = *image.shape[:2], asked[0] * asked[1]
+    if spec.sound and size is None and aspect is None:
+        area = spec.sound.area
     if spec.task == "ti2v":
         width, height = ti2v_size(columns, rows, area, multiple)
     elif spec.sound:
@@ -375,7 +377,7 @@ def size_for_aspect(spec: ModelSpec, aspect: str) -> tuple[int, int]:
         return best
     area, multiple = spec.sizes[0][0] * spec.sizes[0][1], spec.size_multiple
     if spec.sound:
-        height, width = ovi_size(1000, round(1000 * ratio), area)
+        height, width = ovi_size(1000, round(1000 * ratio), spec.sound.area)
         return width, height
     width, height = math.sqrt(area * ratio), math.sqrt(area / ratio)
     return round(width / multiple) * multiple, round(height / multiple) * multiple

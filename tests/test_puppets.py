@@ -1,0 +1,174 @@
+"""The puppet world and the detectors of its scores: what is rendered is what was planned, and it is found again."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from wan_jax.captions import structured_caption
+from wan_jax.errors import InputError
+from wan_jax.evaluate import looks, puppets, sounds
+from wan_jax.train.puppets import faces, scripts, voices, world
+
+COUNT = 16
+
+
+FAST_COMPILE = {"xla_backend_optimization_level": 1}
+
+
+@functools.cache
+def render():
+    return jax.jit(jax.vmap(world.render), compiler_options=FAST_COMPILE)
+
+
+@functools.cache
+def clips(people: int):
+    """Plans of held-out people and what is rendered of them, NumPy leaves."""
+    keys = jax.random.split(jax.random.key(5), COUNT)
+    draw = jax.jit(jax.vmap(lambda key: world.draw(key, "test", people)), compiler_options=FAST_COMPILE)
+    plans = draw(keys)
+    return jax.tree.map(np.asarray, (plans, render()(plans)))
+
+
+def one(tree, k: int):
+    return jax.tree.map(lambda leaf: leaf[k], tree)
+
+
+def test_a_clip_depends_on_its_plan_alone():
+    plans, made = clips(1)
+    order = np.random.default_rng(0).permutation(COUNT)
+    again = jax.tree.leaves(render()(one(plans, order)))
+    assert all(map(np.array_equal, jax.tree.leaves(one(made, order)), again))
+    assert len({clip.tobytes() for clip in made.video}) == len({sound.tobytes() for sound in made.audio}) == COUNT
+
+
+def test_shapes_and_ranges():
+    for people in (1, 2):
+        _, made = clips(people)
+        assert made.video.shape == (COUNT, 33, 96, 96, 3) and made.video.dtype == np.uint8
+        assert made.pictures.shape == (COUNT, people, 96, 96, 3) and made.voices.shape == (COUNT, people, 16_000)
+        assert made.audio.shape[1] / voices.RATE == made.video.shape[1] / world.FPS
+        assert 0.05 < np.abs(made.audio).max(axis=1).min() and np.abs(made.audio).max() < 0.9
+
+
+def test_test_people_are_a_disjoint_region():
+    keys = jax.random.split(jax.random.key(0), 4000)
+    for split, want in (("train", False), ("test", True)):
+        face, voice = jax.jit(jax.vmap(lambda key, split=split: world.sample_identity(key, split)))(keys)
+        assert (jax.vmap(world.held_out)(face.skin, face.hair_hue) == want).all()
+        assert (jax.vmap(world.held_out)(voice.pitch, voice.size) == want).all()
+        for axis in (face.skin, face.hair_hue, voice.pitch, voice.size):  # but every single attribute is in both
+            assert np.histogram(axis, 4, (0, 1))[0].min() > 850
+        assert abs(np.corrcoef(voice.pitch, voice.size)[0, 1]) < 0.15
+    pair = clips(2)[0].people.voice
+    assert jax.vmap(jax.vmap(world.held_out))(pair.pitch, pair.size).all()
+    assert np.abs(np.diff(pair.pitch, axis=1)).min() >= 0.299  # and one can hear who speaks
+
+
+def test_scripts_fit_the_clip():
+    draw = jax.jit(jax.vmap(lambda key: scripts.draw_script(key, 33 / 16, speakers=2)))
+    script = jax.tree.map(np.asarray, draw(jax.random.split(jax.random.key(1), 2000)))
+    on = script.on
+    assert set(on.sum(1)) == {2, 3, 4} and (script.start[on] > 0.1).all()
+    assert ((script.start + script.length)[on] < 33 / 16).all()
+    gaps = script.start[:, 1:] - (script.start + script.length)[:, :-1]
+    assert gaps[on[:, 1:]].min() > 0.089  # room for the consonant
+    assert script.start[:, 0].std() > 0.08  # the text does not tell the timing
+    turns = (np.diff(script.speaker, axis=1) != 0) & on[:, 1:]
+    assert turns.sum(1).max() == 1 and 0.5 < turns.any(1).mean() < 0.9
+
+
+def test_captions_say_what_is_rendered():
+    for people in (1, 2):
+        plans, _ = clips(people)
+        for k in range(COUNT):
+            plan = one(plans, k)
+            prompt, caption = world.prompt(plan), world.caption(plan)
+            assert caption == structured_caption(prompt, ["a puppet"] * people)
+            said = [word for speech in caption.split("<S>")[1:] for word in speech.split("<E>")[0].split()]
+            assert [scripts.VOWELS.index(word[-1]) for word in said] == plan.script.vowel[plan.script.on].tolist()
+            assert set(said) <= set(scripts.SYLLABLES)
+            assert f"{world.PATTERNS[plan.pattern]} {world.WALLS[plan.wall]} wall" in prompt
+            assert all(world.MOTIONS[motion] in prompt for motion in plan.motion)
+            assert all(f"<img{n + 1}>: a puppet, <sub{n + 1}>" in caption for n in range(people))
+            described = world.prompt(plan, described=True)
+            assert faces.words(one(plan.people.face, 0)) in described and "character" not in described
+
+
+def test_truth_agrees_with_picture_and_sound():
+    plans, made = clips(1)
+    for k in range(COUNT):
+        truth = one(made.truth, k)
+        heard = sounds.loudness(made.audio[k], 33)
+        assert np.corrcoef(heard, truth.loudness)[0, 1] > 0.97
+        assert np.corrcoef(truth.opening[0], truth.loudness)[0, 1] > 0.75
+        pixels = made.video[k].astype(np.float32) / 255
+        is_mouth = np.linalg.norm(pixels - faces.MOUTH, axis=-1) < 0.02
+        amount = is_mouth.sum(axis=(1, 2))
+        assert amount[truth.opening[0] > 0.02].min() > 5 and amount[truth.opening[0] == 0].max() == 0
+        left, top, right, bottom = np.moveaxis(truth.mouth[0] * 96, -1, 0)
+        for t in range(33):
+            rows, columns = np.nonzero(is_mouth[t])
+            assert ((rows >= top[t] - 1) & (rows <= bottom[t])).all()
+            assert ((columns >= left[t] - 1) & (columns <= right[t])).all()
+        assert np.abs(truth.pitch / voices.pitch_hz(one(plans.people.voice, k)) - 1).max() < 0.021
+
+
+def test_detectors_find_the_truth():
+    plans, made = clips(1)
+    table = puppets.score(plans, made.pictures, made.video, made.audio)
+    for name in ("wall colour", "wall pattern", "motion", "identity, first of 8", "voice heard", "syllable count"):
+        assert table[name] == 1, name
+    assert table["vowel error rate"] <= 0.05 < 0.5 < table["vowel error rate, shuffled"]
+    assert table["pitch error, cents"] < 15 and table["pitch within 100 cents"] == 1
+    assert table["pitch error, shuffled"] > 250
+    assert min(table["formant scale, correlation"], table["roll-off, correlation"]) > 0.95
+    assert table["sync"] > 0.85 and abs(table["sync, shuffled"]) < 0.25
+    assert table["best lag 0"] == 1 and table["right sound of 8"] >= 0.9
+    assert table["wall spread"] < 1e-6 and table["wall flicker"] < 1e-6
+
+
+def test_detectors_see_what_is_wrong():
+    plans, made = clips(1)
+    others, late = np.roll(made.video, 1, axis=0), np.roll(made.audio, 3 * voices.RATE // world.FPS, axis=1)
+    noisy = np.clip(others + np.random.default_rng(0).normal(size=others.shape) * 5, 0, 255).astype(np.uint8)
+    table = puppets.score(plans, made.pictures, noisy, late)
+    assert table["identity, first of 8"] < 0.3 and table["wall colour"] < 0.5 and table["motion"] < 0.75
+    assert table["sync"] < 0.4 and table["right sound of 8"] < 0.5
+    assert table["wall spread"] > 0.01 and table["wall flicker"] > 0.01
+    table = puppets.score(plans, made.pictures, made.video, late)
+    assert table["best lag 0"] == 0 and table["identity, first of 8"] == 1
+
+
+def test_two_people_take_turns():
+    plans, made = clips(2)
+    table = puppets.score(plans, made.pictures, made.video, made.audio)
+    assert min(table[name] for name in ("wall colour", "motion", "identity, first of 8 (both)")) == 1
+    assert table["right face for the voice"] >= 0.95 and table["syllable count"] == 1
+    mirrored = puppets.score(plans, made.pictures, made.video[:, :, :, ::-1], made.audio)
+    assert mirrored["right face for the voice"] <= 0.05 and mirrored["identity, first of 8 (both)"] < 0.2
+
+
+def test_nothing_to_see_or_hear_is_scored_as_such():
+    plans, made = clips(1)
+    noise = np.random.default_rng(0).integers(0, 256, made.video.shape, dtype=np.uint8)
+    table = puppets.score(plans, made.pictures, noise, np.zeros_like(made.audio))
+    assert table["voice heard"] == 0 and table["vowel error rate"] == 1 and table["pitch within 100 cents"] == 0
+    assert table["sync"] == 0 and table["identity, first of 8"] < 0.5
+    with pytest.raises(InputError, match="8 or more"):
+        puppets.score(one(plans, slice(3)), made.pictures[:3], made.video[:3], made.audio[:3])
+
+
+def test_small_measures():
+    time = np.arange(1024) / voices.RATE
+    for hz in (95.0, 171.3, 310.0):
+        wave = sum(np.sin(2 * np.pi * hz * n * time) / n for n in range(1, 6))
+        assert abs(1200 * np.log2(sounds.pitch_track(wave[None])[0] / hz)) < 5
+    assert np.isnan(sounds.pitch_track(np.random.default_rng(0).normal(size=(1, 1024)))[0])
+    assert sounds.edit_distance((1, 2, 3), (1, 3)) == 1 and sounds.edit_distance((), (0, 0)) == 2
+    grey = np.full((2, 16, 16, 3), 100, np.uint8)
+    assert puppets.psnr(grey, grey) == 99 and abs(puppets.psnr(grey, grey + 10) - 28.13) < 0.01
+    assert looks.spread(grey / 255) == looks.flicker(grey / 255) == 0
