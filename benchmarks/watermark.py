@@ -240,8 +240,8 @@ def picture() -> None:
         psnr, ssim = quality[name]
         print(f"{name:36s} {psnr:.2f} dB {ssim:.4f} ", *(f"{a:.2f}" for a, _ in rows[name].values()), flush=True)
         for source, first in ((frames, 0), (marked, 500)):  # unmarked, and marked with another key
-            folded = video.fold(video.whitened_mean(source), 8, FULL)
-            results = [video.read_tile(folded, f"key {first + i}", FULL)[1] for i in range(500)]
+            folded = video.fold(video.whitened_mean(source), 8, FULL, 2)
+            results = [video.read_tile(folded, f"key {first + i}", FULL, 2)[1] for i in range(500)]
             chance += [result.evidence for result in results]
             wrong += sum(result.message is not None for result in results)
     for index, (what, digits) in enumerate((("PSNR, dB", 2), ("SSIM", 4))):
@@ -273,8 +273,8 @@ def small() -> None:
                 table(f"Picture, {len(some)} {kind}, {side}x{side}, {frames} frames, 16 bits", some)
         wrong, places = 0, []
         for clip in list(sources.values())[-20:]:
-            folded = video.fold(video.whitened_mean(clip), 2, SMALL)
-            found = [video.read_tile(folded, f"key {i}", SMALL)[1] for i in range(500)]
+            folded = video.fold(video.whitened_mean(clip), 2, SMALL, 2)
+            found = [video.read_tile(folded, f"key {i}", SMALL, 2)[1] for i in range(500)]
             wrong += sum(one.message is not None for one in found)
             places += [one.evidence for one in found]
         print(f"\nwrong keys: {wrong} of {len(places)} read; largest evidence {max(places):.1f}")

@@ -306,6 +306,19 @@ def final(model, **options) -> dict[str, np.ndarray]:
     return jax.tree.map(np.asarray, result)
 
 
+def test_clips_are_marked(clip, model, tmp_path, capsys):
+    """Picture and sound say that they were generated, unless the user asks for none, which is recorded."""
+    record = clip.settings["provenance"]
+    assert record["picture"]["payload"] and record["sound"]["note"] and record["key"] == "public"  # too small to be read
+    assert main(["verify", str(clip.save(tmp_path / "clip.mp4"))]) == 0
+    said = capsys.readouterr().out
+    assert "picture" in said and "every person shown or heard" in said
+    plain = wan_jax.generate(model("r2av"), watermark=False, **R2AV)
+    assert plain.settings["provenance"] == {"watermark": False} and (plain.video != clip.video).any()
+    other = wan_jax.generate(model("r2av"), watermark_key="secret", badge=True, **R2AV)
+    assert other.settings["provenance"]["key"] == "private" and "secret" not in json.dumps(other.settings)
+
+
 def test_everything_given_matters(model):
     """Face, voice, their pairing, the prompt and each guidance change the clip; the mode of guidance does not."""
     dreamid = model("r2av")
@@ -491,6 +504,8 @@ def test_command_makes_sound_alone(tiny_folder, files, capsys):
     words = ["generate", "--model", str(tiny_folder("ovi")), "--prompt", "rain", "--audio-only", "--num-frames", "5"]
     assert main([*words, "--size", "32x32", "--num-steps", "1", "--quiet"]) == 0
     assert capsys.readouterr().out.strip() == "clip.wav" and read_settings("clip.wav")["video"] is False
+    assert main(["verify", "clip.wav"]) == 0 and "picture   none" in capsys.readouterr().out
+    assert main([*words, "--c2pa-cert", "x.pem"]) == 2 and "needs both" in capsys.readouterr().err
     assert main([*words, "--output", "rain.mp4", "--dry-run"]) == 2 and "name it .wav" in capsys.readouterr().err
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from wan_jax.model import Model
 from wan_jax.models.fusion import STREAMS
 from wan_jax.models.vae import to_uint8
 from wan_jax.parallel import compiler_options, use_mesh
+from wan_jax.provenance import RECORD, mark
 from wan_jax.references import CONSENT, Reference, letterbox, resolve_references
 from wan_jax.request import Request, SoundRequest, array_hash, resolve
 from wan_jax.resume import Resume
@@ -300,6 +302,9 @@ def run(
     resume_file: str | Path | None = None,
     stages: Stages | None = None,
     finish: Callable[[list[Clip]], None] | None = None,
+    watermark: bool = True,
+    watermark_key: str | None = None,
+    badge: bool = False,
 ) -> list[Clip]:
     """One `Request` to one clip per seed. See `generate`.
 
@@ -334,10 +339,19 @@ def run(
         with stages("decoding"):
             clips = [decode(model, request, z, about) for about, z in zip(described, latents, strict=True)]
         _free(model, "vae", "audio_vae", "vocoder")
+        with stages("marking"):
+            clips = [_marked(clip, request.model, watermark, watermark_key, badge) for clip in clips]
         if finish:
             with stages("writing"):
                 finish(clips)
     return clips
+
+
+def _marked(clip: Clip, model: str, watermark: bool, key: str | None, badge: bool) -> Clip:
+    """The clip with its watermarks, or with the record that the user asked for none."""
+    if watermark:
+        return mark(clip, model=model, key=key, badge=badge)
+    return replace(clip, settings=clip.settings | {RECORD: {"watermark": False}})
 
 
 def settings(model: Model, request: Request, seed: int, noise: Any = None) -> dict[str, Any]:
@@ -396,6 +410,9 @@ def generate(
     callback: Callable[[Progress], None] | None = None,
     progress: bool = True,
     resume_file: str | Path | None = None,
+    watermark: bool = True,
+    watermark_key: str | None = None,
+    badge: bool = False,
     **options: Any,
 ) -> Clip | list[Clip]:
     """Make a clip.
@@ -414,6 +431,9 @@ def generate(
         callback: called after each segment with `Progress`.
         progress: show stages and steps on stderr.
         resume_file: save the sampler's state there when interrupted, and continue from it when it fits.
+        watermark: mark picture and sound as generated, see `wan_jax.provenance`. False is recorded in the settings.
+        watermark_key: a secret; by default the public key, with which anyone can verify.
+        badge: also write "AI" into a corner of the picture.
         options: ``negative_prompt, size, aspect, num_frames, fps, num_steps, shift, guidance_scale, solver, guidance,
             tiled`` of `wan_jax.request.resolve`, and those of `wan_jax.request.resolve_sound` for models with sound;
             defaults are the model's official ones.
@@ -436,6 +456,7 @@ def generate(
             raise InputError(f"noise: expected shape {shape} and one seed, got {got} and {len(request.seeds)}")
         noises = [noise]
     clips = run(
-        model, request, noises=noises, segment=segment, callback=callback, progress=progress, resume_file=resume_file
-    )
+        model, request, noises=noises, segment=segment, callback=callback, progress=progress, resume_file=resume_file,
+        watermark=watermark, watermark_key=watermark_key, badge=badge,
+    )  # fmt: skip
     return clips if isinstance(seed, Sequence) else clips[0]

@@ -93,7 +93,7 @@ def check_ovi(config: dict, tensors: dict[str, np.ndarray]) -> None:
     encoded = {s: text(tensors["in/context"][0], x, length=model.cfg.text_len) for s, x in negative.items()}
     scale = {stream: sampling[f"{stream}_guidance_scale"] for stream in noise}
     passes, weights = guidance_passes(encoded, scale, skip=config["slg_layer"])
-    condition = SoundCondition(passes, pin={"video": pin}, token_time=token_time)
+    condition = SoundCondition(passes, weights, pin={"video": pin}, token_time=token_time)
     steps = make_steps(sampling["solver"], schedule, each_step(weights, schedule))
     for mode in ("batch", "sequential"):
         state = sample(
@@ -132,7 +132,7 @@ def check_dreamid(config: dict, tensors: dict[str, np.ndarray]) -> None:
         times = {"video": tuple(video_times.tolist()), "audio": tuple((audio_times * scale).tolist())}
         run = jax.jit(functools.partial(Fusion.__call__, capture=True, times=times))
         noise = {"video": given("video")[:, :frames], "audio": given("audio")[:, :audio_length]}
-        condition = SoundCondition(passes, references=references)
+        condition = SoundCondition(passes, weights, references=references)
         # Single passes at one timestep, by the network alone.
         for i, name in enumerate(("pos", "neg", "noimg", "novoice")):
             kept = {stream: x * passes.keep[stream][i] for stream, x in references.items()}

@@ -22,7 +22,7 @@ def close(ours, expected: np.ndarray, name: str) -> None:
 
 
 def check_primitives(config: dict, tensors: dict[str, np.ndarray]) -> None:
-    table = rope_table(tuple(int(n) for n in tensors["in/rope_grid"]), config["head_dim"], config["theta"])
+    table = rope_table(tuple(int(n) for n in tensors["in/rope_grid"]), config["head_dim"], theta=config["theta"])
     close(rotate(jnp.asarray(tensors["in/rope_x"]), table), tensors["out/rope"], "rope")
     sinusoid = timestep_embedding(jnp.asarray(tensors["in/t"], jnp.float32), config["freq_dim"])
     close(sinusoid, tensors["out/sinusoid"], "sinusoid")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ output: repeat the command to continue. Exit codes: 0 done, 1 failed, 2 wrong us
 DTYPES = ("bfloat16", "float32")
 NOT_SETTINGS = ("config", "source", "dry_run", "profile", "quiet", "run", "parser")
 # Settings that a recipe cannot have: they belong to one run, not to a way of running.
-NOT_IN_RECIPES = ("references", "describe", "i_have_consent")
+NOT_IN_RECIPES = ("references", "describe", "i_have_consent", "watermark_key", "c2pa_cert", "c2pa_key")
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
@@ -115,6 +116,18 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     where.add_argument(
         "--offline", action="store_true", default=None, help="never use the network; say what is missing"
     )
+    marks = parser.add_argument_group("marks: every clip says that it was generated (see docs/watermark.md)")
+    marks.add_argument(
+        "--no-watermark", dest="watermark", action="store_false", default=None,
+        help="leave out the watermarks in picture and sound; recorded in the settings inside the file",
+    )  # fmt: skip
+    marks.add_argument("--watermark-key", metavar="SECRET", help="a private key; default: the public one")
+    marks.add_argument("--badge", action="store_true", default=None, help='also write "AI" into a corner')
+    marks.add_argument("--c2pa-cert", metavar="PEM", help="sign the file with this certificate (extra c2pa)")
+    marks.add_argument("--c2pa-key", metavar="PEM", help="and this private key")
+    marks.add_argument(
+        "--embed-prompt", action="store_true", default=None, help="the prompt itself in the manifest, not its SHA-256"
+    )
     talk = parser.add_argument_group("reporting")
     talk.add_argument("--dry-run", action="store_true", help="check everything and print the settings; load no weights")
     talk.add_argument("--profile", action="store_true", help="print seconds per stage and peak memory")
@@ -164,6 +177,8 @@ def run(args: argparse.Namespace) -> int:
     for key in ("image", "last_image"):
         if key in options:
             options[key] = read_image(options[key])
+    marks = {name: options.pop(name) for name in ("watermark", "watermark_key", "badge") if name in options}
+    sign_file = _signer(options)
     described, consent = options.pop("describe", ()), options.pop("i_have_consent", False)
     spec = _spec(name)
     if references := _references(options.pop("references", ()), described):
@@ -188,7 +203,7 @@ def run(args: argparse.Namespace) -> int:
     run_pipeline(
         model, request, segment=segment, progress=not args.quiet, stages=stages,
         resume_file=output.with_name(f".{output.name}.resume.safetensors"),
-        finish=lambda clips: [clip.save(path) for clip, path in zip(clips, outputs, strict=True)],
+        finish=lambda clips: [sign_file(clip.save(path)) for clip, path in zip(clips, outputs, strict=True)], **marks,
     )  # fmt: skip
     for path in outputs:
         print(path)
@@ -208,6 +223,22 @@ def _references(given: Iterable[dict[str, str]], described: Iterable[str]) -> li
             raise InputError(f"--describe {text!r}: need N:TEXT, N the number of a reference (1 to {len(given)})")
         descriptions[int(number)] = words.strip()
     return [Reference.open(**reference, description=descriptions.get(k)) for k, reference in enumerate(given, 1)]
+
+
+def _signer(options: dict[str, Any]) -> Callable[[Path], Path]:
+    """What --c2pa-cert, --c2pa-key and --embed-prompt do with a written file; without them nothing."""
+    from wan_jax.provenance import sign
+
+    certificate, key = options.pop("c2pa_cert", None), options.pop("c2pa_key", None)
+    embed_prompt = options.pop("embed_prompt", False)
+    if certificate is None and key is None:
+        return lambda path: path
+    if certificate is None or key is None:
+        raise InputError("a manifest needs both --c2pa-cert and --c2pa-key")
+    for path in (certificate, key):
+        if not Path(path).is_file():
+            raise InputError(f"{path}: no such file; --c2pa-cert and --c2pa-key name PEM files")
+    return functools.partial(sign, certificate=certificate, private_key=key, embed_prompt=embed_prompt)
 
 
 def _asked_for_consent() -> bool:
