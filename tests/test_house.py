@@ -46,12 +46,17 @@ MAY_IMPORT = {
     "conditions": "config parallel nn models media sampling",
     "sound": "config nn models media references conditions sampling",
     "provenance": "wan_jax config ffmpeg media",
-    "pipeline": "wan_jax parallel nn models model media request references conditions sound sampling resume weights",
-    "train": "config parallel models checkpoint text sampling train.puppets",
+    "pipeline": "wan_jax parallel nn models model media request references conditions sound sampling resume weights "
+    "provenance",
+    "plan": "config parallel nn models checkpoint model request sound weights",
+    "aot": "config parallel nn models checkpoint model request conditions sound sampling pipeline plan",
+    "train": "config parallel nn models checkpoint text captions media sampling weights model conditions train.puppets",
     "train.puppets": "captions",  # a world of its own
-    "evaluate": "train.puppets",  # its truth
+    "evaluate": "config checkpoint model media request references conditions sound pipeline provenance parallel"
+    " train.puppets",  # its truth
     "conversion": "config checkpoint models model weights",  # whole models, from layout to layout
-    "cli": "wan_jax config parallel media request references model pipeline provenance weights conversion",
+    "cli": "wan_jax config parallel media request references model pipeline plan aot provenance weights conversion"
+    " evaluate",
 }
 FOREIGN = {"torch", "transformers", "diffusers", "tensorflow", "convert", "configs", "benchmarks", "tests"}
 

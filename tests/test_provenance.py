@@ -311,6 +311,26 @@ def test_command(marked, tmp_path, capsys):
     assert "problem" in capsys.readouterr().out
 
 
+def test_generate_marks_and_signs(identity, tiny_folder, tmp_path, capsys):
+    """From the command to the report: a tiny model, a signed file, and one byte changed in it."""
+    path, trust = tmp_path / "clip.mp4", ["--trust", str(identity / "root.pem"), "--json"]
+    words = ["generate", "--model", str(tiny_folder("t2v")), "--prompt", "a cat", "--size", "64x64"]
+    words += ["--num-frames", "9", "--num-steps", "2", "--quiet", "--output", str(path)]
+    words += ["--c2pa-cert", str(identity / "chain.pem")]
+    assert main(words) == 2 and "needs both" in capsys.readouterr().err
+    assert main([*words, "--c2pa-key", str(identity / "key.pem")]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(path), *trust]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["manifest"]["state"] == "trusted" and "prompt" not in report["manifest"]["claims"]
+    assert report["settings"]["provenance"]["picture"]["payload"] == report["picture"]["payload"]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert main(["verify", str(path), *trust]) == 0
+    assert json.loads(capsys.readouterr().out)["manifest"]["state"] == "tampered"
+
+
 def test_report_is_escaped():
     hostile = provenance.Report("x", manifest.Manifest("trusted", "a\x1b[2Jb"), None, None, {"a": "\x1b"}, None, [])
     assert "\x1b" not in str(hostile)
