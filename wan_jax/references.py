@@ -6,7 +6,7 @@ Source of the picture's frame and the voice's second: ``load_image_latent_ref_ip
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -173,8 +173,8 @@ def letterbox(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     return canvas
 
 
-def shows_face(picture: np.ndarray) -> bool | None:
-    """Whether uint8 [H, W, 3] shows a face from the front; None without the extra `faces`.
+def face_detector() -> Callable[[np.ndarray], np.ndarray] | None:
+    """Frontal faces of uint8 [H, W, 3] as [N, 4] left, top, width, height in pixels; None without the extra `faces`.
 
     OpenCV's cascade of Haar features (Viola and Jones, 2001) misses turned, covered and drawn faces.
     """
@@ -184,9 +184,24 @@ def shows_face(picture: np.ndarray) -> bool | None:
         cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades, "haarcascade_frontalface_default.xml")))
     except (ImportError, AttributeError):
         return None
-    scale = min(1.0, 640 / max(picture.shape[:2]))  # faces are large in a reference; the time is in the pixels
-    grey = cv2.cvtColor(cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY)
-    return len(cascade.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=4)) > 0
+
+    def detect(picture: np.ndarray) -> np.ndarray:
+        grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+        return np.reshape(cascade.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=4), (-1, 4))
+
+    return detect
+
+
+def shows_face(picture: np.ndarray) -> bool | None:
+    """Whether uint8 [H, W, 3] shows a face from the front; None without the extra `faces`."""
+    detect = face_detector()
+    if detect is None:
+        return None
+    from PIL import Image
+
+    small = Image.fromarray(picture)
+    small.thumbnail((640, 640))  # faces are large in a reference; the time is in the pixels
+    return len(detect(np.asarray(small))) > 0
 
 
 # ---- voices ------------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def run(args: argparse.Namespace) -> int:
     marks = {name: options.pop(name) for name in ("watermark", "watermark_key", "badge") if name in options}
     sign_file = _signer(options)
     described, consent = options.pop("describe", ()), options.pop("i_have_consent", False)
-    spec = _spec(name)
+    spec = find_spec(name)
     if references := _references(options.pop("references", ()), described):
         options["references"] = resolve_references(references, clean=options.get("clean_voice", False))
         options["consent"] = CONSENT if consent or _asked_for_consent() else ""
@@ -251,7 +251,7 @@ def _asked_for_consent() -> bool:
     return input("Is it so? [yes/no] ").strip().lower() == "yes"
 
 
-def _spec(name: str) -> ModelSpec:
+def find_spec(name: str) -> ModelSpec:
     """What model a name stands for. Reads headers of a folder, downloads nothing."""
     from wan_jax.weights.hub import resolve
     from wan_jax.weights.layouts import locate

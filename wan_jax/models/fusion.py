@@ -183,7 +183,8 @@ class Fusion(nnx.Module):
             voice_BRTF: features of R voices (`models.identity.voice_features`), for a model with the voice adapter.
             there: per stream bool [B, R], which of the adapter's references there are; default all.
             coupled_B: bool, in which samples the streams meet, for a model with `CouplingConfig`; default all.
-            skip_B: [B] int, a block that both streams leave out, or -1 (guidance by a weaker model).
+            skip_B: [B] int, a block that both streams leave out (guidance by a weaker model); 0 and less is none: the
+                official code cannot leave out the first.
             remat: recompute blocks in the backward pass.
             capture: also return a dict of the streams after each block, "video" [layers, B, L, D] and "audio".
         Returns:
@@ -227,7 +228,7 @@ class Fusion(nnx.Module):
                 h = after[stream] + heard
                 out[stream] = _constrain(stream, block.feed_forward(h, modulations[stream]))
             if skip_B is not None:
-                skipped = (skip_B == index)[:, None, None]
+                skipped = ((skip_B == index) & (index > 0))[:, None, None]
                 out = {stream: jnp.where(skipped, x[stream], out[stream]) for stream in out}
             return out, out if capture else None
 
