@@ -14,7 +14,7 @@ from wan_jax import __version__
 from wan_jax.errors import InputError, OutOfMemoryError, WanError, nearest
 
 # One module per command, each with ``add_parser(subparsers)`` and ``run(args) -> int``.
-COMMANDS = ("generate", "models", "download", "convert", "verify")
+COMMANDS = ("generate", "plan", "evaluate", "models", "download", "convert", "verify", "train")
 
 
 class Parser(argparse.ArgumentParser):

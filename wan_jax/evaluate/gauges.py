@@ -8,7 +8,6 @@ Axes: ``T`` frames, ``H W`` rows, columns, ``n`` samples. Pixels are uint8, soun
 
 from __future__ import annotations
 
-import functools
 
 import numpy as np
 
@@ -64,7 +63,6 @@ def gauge(
 # ---- picture -----------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def find_faces(video: np.ndarray) -> tuple[np.ndarray | None, float] | None:
     """The largest face of every frame, uint8 [T, H, W, 3].
 
