@@ -8,7 +8,6 @@ Axes: ``T`` frames, ``H W`` rows, columns, ``n`` samples. Pixels are uint8, soun
 
 from __future__ import annotations
 
-
 import numpy as np
 
 from wan_jax.media import Clip, resample
