@@ -46,9 +46,10 @@ MAY_IMPORT = {
     "conditions": "config parallel nn models media sampling",
     "sound": "config nn models media references conditions sampling",
     "provenance": "wan_jax config ffmpeg media",
-    "pipeline": "wan_jax parallel nn models model media request references conditions sound sampling resume weights "
-    "provenance",
-    "plan": "config parallel nn models checkpoint model request sound weights",
+    "pipeline": "wan_jax config parallel nn models model media request references conditions sound sampling resume"
+    " weights provenance",
+    "work": "config models",
+    "plan": "config parallel nn models checkpoint model request sound weights work",
     "aot": "config parallel nn models checkpoint model request conditions sound sampling pipeline plan",
     "train": "config parallel nn models checkpoint text captions media sampling weights model conditions train.puppets",
     "train.puppets": "captions",  # a world of its own
@@ -56,7 +57,7 @@ MAY_IMPORT = {
     " train.puppets",  # its truth
     "conversion": "config checkpoint models model weights",  # whole models, from layout to layout
     "cli": "wan_jax config parallel media request references model pipeline plan aot provenance weights conversion"
-    " evaluate",
+    " evaluate train",
 }
 FOREIGN = {"torch", "transformers", "diffusers", "tensorflow", "convert", "configs", "benchmarks", "tests"}
 

@@ -290,7 +290,7 @@ def test_pipeline(kind, exported):
         num_steps=3, **named,
     )  # fmt: skip
     assert (request.width, request.height) == (width, height)
-    noise = rng.standard_normal(latent_shape(model, request), np.float32)
+    noise = rng.standard_normal(latent_shape(model.spec, request), np.float32)
     (ours,) = denoise(model, request, encode(model, request), [jnp.asarray(noise)])
 
     cls = diffusers.WanImageToVideoPipeline if pictures else diffusers.WanPipeline

@@ -22,22 +22,11 @@ from wan_jax.errors import InputError, WanError
 from wan_jax.model import build
 from wan_jax.models.umt5 import UMT5
 from wan_jax.parallel import make_mesh
-from wan_jax.plan import (
-    MEMORY_VARIABLE,
-    Device,
-    codec_bytes,
-    dit_work,
-    find_device,
-    make_plan,
-    summary,
-    text_work,
-    this_device,
-    vae_decode,
-    vae_encode,
-)
+from wan_jax.plan import MEMORY_VARIABLE, Device, codec_bytes, find_device, make_plan, summary, this_device
 from wan_jax.references import ResolvedReference
 from wan_jax.request import resolve
 from wan_jax.sound import reference_times
+from wan_jax.work import dit_work, text_work, vae_decode, vae_encode
 
 SIZE_480P, SIZE_720P = (832, 480), (1280, 720)
 

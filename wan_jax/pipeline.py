@@ -27,6 +27,7 @@ from wan_jax.conditions import (
     pin_first_frame,
     video_condition,
 )
+from wan_jax.config import ModelSpec
 from wan_jax.errors import InputError, OutOfMemoryError
 from wan_jax.media import Clip, read_image
 from wan_jax.model import Model
@@ -87,20 +88,20 @@ def dit_velocity(guidance: str) -> Velocity:
     return velocity
 
 
-def latent_shape(model: Model, request: Request) -> Any:
+def latent_shape(spec: ModelSpec, request: Request) -> Any:
     """[1, t, h, w, z] of the latents of one clip; with sound a dictionary of "video" and "audio" [1, a, z]."""
-    vae, sound = model.spec.vae, request.sound
+    vae, sound = spec.vae, request.sound
     frames = (request.num_frames - 1) // vae.temporal_stride + 1
     video = 1, frames, request.height // vae.spatial_stride, request.width // vae.spatial_stride, vae.z_dim
     if sound is None:
         return video
-    audio = 1, sound.num_latents, model.spec.sound.vae.z_dim
+    audio = 1, sound.num_latents, spec.sound.vae.z_dim
     return {stream: shape for stream, shape in (("video", video), ("audio", audio)) if getattr(sound, stream)}
 
 
 def noise(model: Model, request: Request, seed: int) -> Any:
     """Standard normal noise of a seed: the same on every mesh and platform."""
-    key, shape = jax.random.key(seed), latent_shape(model, request)
+    key, shape = jax.random.key(seed), latent_shape(model.spec, request)
     if request.sound is None:
         return jax.random.normal(key, shape)
     keys = dict(zip(STREAMS, jax.random.split(key), strict=True))
@@ -116,7 +117,7 @@ def encode(model: Model, request: Request) -> Condition | SoundCondition:
         return Condition(text)
     height, width = request.height, request.width
     if request.task == "ti2v":
-        shape = latent_shape(model, request)
+        shape = latent_shape(model.spec, request)
         first = first_frame_latents(model.vae, request.image, height, width)
         _free(model, "vae")
         pin, token_time = pin_first_frame(first, shape, model.spec.dit.patch_size)
@@ -142,7 +143,7 @@ def _encode_with_sound(model: Model, request: Request, sound: SoundRequest) -> S
     spec, references = model.spec, sound.references
     negative = {"video": request.negative_prompt, "audio": sound.audio_negative_prompt}
     scale = {"video": request.guidance_scale, "audio": sound.audio_guidance_scale}
-    shape = latent_shape(model, request)
+    shape = latent_shape(model.spec, request)
     guided = any(scale[stream] != 1 for stream in shape)
     texts = [sound.caption, *(negative[stream] for stream in shape if guided)]
     features = _text_features(model, texts)
@@ -211,7 +212,7 @@ def denoise(
     """
     schedule = make_schedule(request.solver, request.num_steps, request.shift)
     high = expert_steps(schedule.timesteps, model.spec.boundary)
-    velocity, guidance = _velocity(model, request, condition, schedule.timesteps, high)
+    velocity, guidance = make_velocity(model.spec, request, condition, schedule.timesteps, high)
     steps = make_steps(request.solver, schedule, guidance)
     states = states or {}
     runs = [states[i] if i in states else (0, start(x, condition.pin)) for i, x in enumerate(noises)]
@@ -230,18 +231,16 @@ def denoise(
     return [state.sample for _, state in runs]
 
 
-def _velocity(
-    model: Model, request: Request, condition: Condition | SoundCondition, timesteps: np.ndarray, high: int
+def make_velocity(
+    spec: ModelSpec, request: Request, condition: Condition | SoundCondition, timesteps: np.ndarray, high: int
 ) -> tuple[Velocity, Any]:
     """The velocity function, and what it takes as guidance in every step."""
     if request.sound is None:
         return dit_velocity(request.guidance), request.guidance_per_step(timesteps, high)
     times: dict[str, Any] = {}
-    if model.spec.takes_references:
-        shape = latent_shape(model, request)
-        times = reference_times(
-            shape["video"][1], shape["audio"][1], request.sound.references, model.spec.sound
-        )
+    if spec.takes_references:
+        shape = latent_shape(spec, request)
+        times = reference_times(shape["video"][1], shape["audio"][1], request.sound.references, spec.sound)
     guidance = {stream: np.tile(w, (len(timesteps), 1)) for stream, w in condition.weights.items()}
     return fusion_velocity(request.guidance, times.get("video"), times.get("audio")), guidance
 
@@ -450,7 +449,7 @@ def generate(
     request = resolve(model.spec, prompt, seed=seed, **pictures, **options)
     noises = None
     if noise is not None:
-        noise, shape = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), noise), latent_shape(model, request)
+        noise, shape = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), noise), latent_shape(model.spec, request)
         got = jax.tree.map(jnp.shape, noise)
         if got != shape or len(request.seeds) > 1:
             raise InputError(f"noise: expected shape {shape} and one seed, got {got} and {len(request.seeds)}")

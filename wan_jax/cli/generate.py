@@ -163,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
     from wan_jax.parallel import make_mesh, parse_mesh
     from wan_jax.pipeline import Stages
     from wan_jax.pipeline import run as run_pipeline
+    from wan_jax.plan import summary
     from wan_jax.references import CONSENT, resolve_references
     from wan_jax.request import resolve
     from wan_jax.weights.lora import Lora
@@ -198,6 +199,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(about, indent=1, ensure_ascii=False))
         return 0
 
+    log.info(summary(spec, request, mesh, dtype, offload))
     model = load(name, dtype=dtype, mesh=mesh, loras=loras, offload=offload, offline=offline)
     stages = Stages(show=not args.quiet)
     run_pipeline(
