@@ -1,0 +1,57 @@
+"""``wan-jax train``: the small model from nothing, or a model on a folder of clips."""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+from pathlib import Path
+from typing import Any
+
+from wan_jax.errors import InputError, nearest
+
+KINDS = ("nano", "finetune")
+
+
+def add_parser(subparsers) -> argparse.ArgumentParser:
+    description = "Train by a recipe. A run that is stopped (Ctrl-C, SIGTERM, --minutes) saves; --resume continues it."
+    parser = subparsers.add_parser("train", help="train a model", description=description)
+    parser.add_argument("--config", required=True, metavar="FILE", help="recipe, e.g. configs/train_nano.py")
+    parser.add_argument("--model", help="what to train further: a name of `wan-jax models`, a repository or a folder")
+    parser.add_argument("--data", metavar="FOLDER", help="clips (.mp4), captions (.txt) and sound (.wav)")
+    parser.add_argument("--out", metavar="FOLDER", help="takes states, metrics and weights (default: runs/RECIPE)")
+    parser.add_argument("--resume", action="store_true", help="continue from the last state in --out")
+    parser.add_argument("--minutes", type=float, help="stop and save after so many")
+    parser.add_argument("--mesh", help="devices, e.g. fsdp=8 or data=8; default: one device")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = _recipe(args.config)
+    kind = settings.pop("kind", None)
+    if kind not in KINDS:
+        raise InputError(f"{args.config}: kind={kind!r}: use {' or '.join(KINDS)}{nearest(str(kind), KINDS)}")
+    from wan_jax.parallel import make_mesh, parse_mesh
+
+    mesh = make_mesh(parse_mesh(args.mesh)) if args.mesh else None
+    out = Path(args.out or Path("runs") / Path(args.config).stem)
+    common = dict(resume=args.resume, minutes=args.minutes, mesh=mesh)
+    if kind == "nano":
+        if args.model or args.data:
+            raise InputError(f"{args.config} trains from nothing: leave out --model and --data")
+        from wan_jax.config import NANO
+        from wan_jax.train.nano import train_nano
+
+        train_nano(NANO, settings, out, **common)
+        return 0
+    raise InputError("not yet")
+
+
+def _recipe(path: str) -> dict[str, Any]:
+    """What ``get_config()`` of a recipe returns."""
+    if not Path(path).is_file():
+        raise InputError(f"--config {path}: no such file; recipes are Python files, see configs/")
+    recipe = runpy.run_path(path)
+    if "get_config" not in recipe:
+        raise InputError(f"{path} is no recipe: it defines no get_config()")
+    return recipe["get_config"]().to_dict()

@@ -1,0 +1,272 @@
+"""`wan2.6-nano` from nothing: video VAE, audio VAE, vocoder, and the twin-stream model with its small encoders.
+
+Each stage has a folder of its own and ends in ``weights.safetensors``, its averaged parameters; a stage that has them
+is done. Everything is drawn, rendered and encoded on the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from wan_jax.checkpoint import abstract, flatten_params, unflatten_like
+from wan_jax.config import ModelSpec
+from wan_jax.errors import InputError, nearest
+from wan_jax.model import build
+from wan_jax.models.audio_vae import AudioVAE
+from wan_jax.models.clip import CLIPVision
+from wan_jax.models.fusion import Fusion
+from wan_jax.models.umt5 import UMT5
+from wan_jax.models.vae import VAE
+from wan_jax.models.vocoder import BigVGAN
+from wan_jax.nn.mel import mel_spectrogram
+from wan_jax.text import Tokenizer
+from wan_jax.train import codec
+from wan_jax.train.flow import Dropout, Levels, losses_by_level
+from wan_jax.train.loop import Watch, fit
+from wan_jax.train.puppet_feed import (
+    Nothing,
+    PuppetPool,
+    audio_examples,
+    clips,
+    to_unit,
+    twin_examples,
+    twin_loss,
+    twin_times,
+    video_examples,
+)
+from wan_jax.train.step import Flat, Recipe, Task, assemble
+from wan_jax.train.words import Words, write_tokenizer
+from wan_jax.weights.readers import open_checkpoint
+from wan_jax.weights.writers import write_safetensors, write_sharded_safetensors
+
+log = logging.getLogger(__name__)
+Array = jax.Array
+
+STAGES = ("vae", "audio_vae", "vocoder", "twin")
+PIECE_BYTES = 14_500_000  # of a file of the exported weights
+MEASURED = 64  # clips that statistics are taken from
+LEVELS = (0.1, 0.5, 0.8, 0.97)  # noise levels at which the twin model is watched
+
+
+class Stage(NamedTuple):
+    """One training: see `wan_jax.train.loop.fit`. ``finish`` turns the averaged networks into those that are kept."""
+
+    task: Task
+    networks: dict[str, Any]
+    feed: Any
+    trains: Callable[[str], bool] = lambda path: True
+    finish: Callable[[dict[str, Any]], dict[str, Any]] = lambda networks: networks
+    sample: Callable[[int, Flat, Flat], dict[str, float]] | None = None
+
+
+def train_nano(
+    spec: ModelSpec,
+    settings: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    minutes: float | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> bool:
+    """Train the stages that are not done, and export all weights when the last one is.
+
+    Args:
+        settings: per stage a dictionary: fields of `Recipe`, and of the stage (see ``configs/train_nano.py``); "watch":
+            fields of `Watch`; "dtype": that the twin model computes in.
+        folder: takes a folder per stage, ``tokenizer/`` and ``export/``.
+        minutes: of this call.
+    Returns:
+        Whether everything is done.
+    """
+    folder, begin = Path(folder), time.monotonic()
+    write_tokenizer(folder / "tokenizer")
+    done: dict[str, Any] = {}
+    for name in STAGES:
+        own = dict(settings[name])
+        recipe = Recipe(**{field.name: own.pop(field.name) for field in _fields(Recipe, own)})
+        stage = _STAGES[name](spec, own, done, folder, settings.get("dtype", "float32"), recipe)
+        if own:
+            known = [field.name for field in dataclasses.fields(Recipe)]
+            raise InputError("; ".join(f"{name}.{key}: unknown setting{nearest(key, known)}" for key in own))
+        weights = folder / name / "weights.safetensors"
+        if not weights.exists():
+            left = None if minutes is None else minutes - (time.monotonic() - begin) / 60
+            if left is not None and left <= 0:
+                return False
+            watch = dataclasses.replace(Watch(**settings.get("watch", {})), minutes=left)
+            log.info("stage %s", name)
+            state, frozen = fit(
+                stage.task, recipe, stage.networks, stage.feed, folder / name,
+                trains=stage.trains, watch=watch, mesh=mesh, resume=resume, sample=stage.sample,
+            )  # fmt: skip
+            if int(state.step) < recipe.steps:
+                return False
+            finished = stage.finish(assemble(_in_float32(stage.task), state.ema, frozen))
+            _write(weights, {part: finished[part] for part in finished if part not in done})
+        done |= _read(weights, {part: x for part, x in stage.networks.items() if part not in done})
+    export(spec, done, folder / "tokenizer", folder / "export")
+    return True
+
+
+def _fields(kind: type, given: Mapping[str, Any]) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(kind) if field.name in given]
+
+
+def _in_float32(task: Task) -> Task:
+    def wide(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, jnp.float32)
+
+    return task._replace(networks=jax.tree.map(wide, task.networks))
+
+
+def _write(path: Path, networks: dict[str, Any]) -> None:
+    write_safetensors(path, {name: np.asarray(x) for name, x in flatten_params(networks).items()})
+
+
+def _read(path: Path, like: dict[str, Any]) -> dict[str, Any]:
+    with open_checkpoint(path) as source:
+        return unflatten_like(like, {name: jnp.asarray(x.numpy()) for name, x in source.items()})
+
+
+def export(spec: ModelSpec, networks: dict[str, Any], tokenizer: Path, target: Path) -> None:
+    """All weights in bfloat16 under our names, in pieces, with the specification and the tokenizer beside them."""
+    target.mkdir(parents=True, exist_ok=True)
+    for old in target.glob("weights*"):
+        old.unlink()
+    flat = {name: np.asarray(x).astype(ml_dtypes.bfloat16) for name, x in flatten_params(networks).items()}
+    write_sharded_safetensors(target, "weights", flat, max_shard_bytes=PIECE_BYTES)
+    about = json.dumps({"spec": dataclasses.asdict(spec)}, indent=2) + "\n"
+    (target / "spec.json").write_text(about, encoding="utf-8")
+    (target / "tokenizer.json").write_text((tokenizer / "tokenizer.json").read_text("utf-8"), encoding="utf-8")
+    log.info("%s: %.1f MB", target, sum(x.nbytes for x in flat.values()) / 1e6)
+
+
+# ---- the stages --------------------------------------------------------------------------------------------
+
+
+def _new(make: Callable[[], Any]) -> Any:
+    return jax.jit(make)()
+
+
+def latent_shape(spec: ModelSpec) -> tuple[int, int, int, int]:
+    """[t, h, w, z] of a clip."""
+    width, height = spec.sizes[0]
+    stride = spec.vae.spatial_stride
+    frames = (spec.num_frames - 1) // spec.vae.temporal_stride + 1
+    return frames, height // stride, width // stride, spec.vae.z_dim
+
+
+def _vae(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str, recipe: Recipe) -> Stage:
+    def make() -> VAE:
+        return VAE(spec.vae, rngs=nnx.Rngs(recipe.seed))
+
+    def finish(networks: dict[str, Any]) -> dict[str, Any]:
+        encode = jax.jit(lambda vae, key: vae.encode(to_unit(clips(key, 8)[1].video)))
+        keys = jax.random.split(jax.random.key(recipe.seed + 1), MEASURED // 8)
+        latents = jnp.concatenate([encode(networks["vae"], key) for key in keys])
+        axes = (0, 1, 2, 3)
+        return {"vae": codec.fold_statistics(networks["vae"], latents.mean(axes), latents.std(axes))}
+
+    draw = functools.partial(video_examples, batch=recipe.batch, latents=latent_shape(spec))
+    task = Task({"vae": abstract(make)}, draw, codec.vae_loss)
+    return Stage(task, {"vae": codec.prepare_vae(_new(make))}, Nothing(), finish=finish)
+
+
+def _spectrograms(spec: ModelSpec, seed: int) -> Array:
+    mel = spec.sound.mel
+    return jax.jit(lambda key: mel_spectrogram(clips(key, MEASURED)[1].audio, mel))(jax.random.key(seed))
+
+
+def _audio_vae(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str, recipe: Recipe) -> Stage:
+    mel, shape = spec.sound.mel, (spec.sound.num_latents, spec.sound.vae.z_dim)
+
+    def make() -> AudioVAE:
+        return AudioVAE(spec.sound.vae, rngs=nnx.Rngs(recipe.seed))
+
+    def finish(networks: dict[str, Any]) -> dict[str, Any]:
+        vae = codec.unit_filters(networks["audio_vae"])
+        return {"audio_vae": codec.unit_latents(vae, _spectrograms(spec, recipe.seed + 1))}
+
+    networks = {"audio_vae": codec.with_statistics(_new(make), _spectrograms(spec, recipe.seed + 1))}
+    task = Task(
+        {"audio_vae": abstract(make)},
+        functools.partial(audio_examples, batch=recipe.batch, latents=shape),
+        functools.partial(codec.audio_vae_loss, mel=mel),
+    )
+    return Stage(task, networks, Nothing(), trains=lambda path: ".data_" not in path, finish=finish)
+
+
+def _vocoder(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str, recipe: Recipe) -> Stage:
+    def make() -> BigVGAN:
+        return BigVGAN(spec.sound.vocoder, rngs=nnx.Rngs(recipe.seed))
+
+    networks = {"vocoder": _new(make)} | {"audio_vae": done["audio_vae"]}
+    task = Task(
+        {name: abstract(lambda x=x: x) for name, x in networks.items()},
+        functools.partial(audio_examples, batch=recipe.batch, latents=(1, 1)),
+        functools.partial(codec.vocoder_loss, mel=spec.sound.mel),
+    )
+    return Stage(task, networks, Nothing(), trains=lambda path: path.startswith("vocoder."))
+
+
+def _twin(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str, recipe: Recipe) -> Stage:
+    makes = {
+        "dit": lambda: Fusion(spec.dit, rngs=nnx.Rngs(recipe.seed)),
+        "text_encoder": lambda: UMT5(spec.text, rngs=nnx.Rngs(recipe.seed + 1)),
+        "image_encoder": lambda: CLIPVision(spec.clip, rngs=nnx.Rngs(recipe.seed + 2)),
+    }
+    words = Words(Tokenizer.from_folder(folder / "tokenizer"), spec.dit.text_len)
+    coders = {name: done[name] for name in ("vae", "audio_vae")}
+    pool = functools.partial(PuppetPool, coders, spec, words)
+    draw = functools.partial(
+        twin_examples,
+        batch=recipe.batch,
+        words=words,
+        levels=Levels(**own.pop("levels")),
+        dropout=Dropout(**own.pop("dropout")),
+        first_frame=own.pop("first_frame"),
+    )
+    networks = {name: build(name, spec, jnp.dtype(dtype)) for name in makes}
+    task = Task(networks, draw, functools.partial(twin_loss, remat=recipe.remat))
+    unseen = pool(size=own.pop("unseen"), refresh=recipe.steps + 1, seed=recipe.seed + 1, split="test")
+    feed = pool(size=own.pop("pool"), refresh=own.pop("refresh"), kinds=tuple(own.pop("kinds")), seed=recipe.seed)
+
+    def sample(step: int, ema: Flat, frozen: Flat) -> dict[str, float]:
+        return unseen_losses(assemble(task, ema, frozen), unseen, words)
+
+    return Stage(task, {name: _new(make) for name, make in makes.items()}, feed, sample=sample)
+
+
+def unseen_losses(networks: dict[str, Any], pool: PuppetPool, words: Words) -> dict[str, float]:
+    """Loss of both streams on people that are held out, at some noise levels; and what the right sound is worth.
+
+    "hears" is how much worse the video's loss is when the sound is another clip's.
+    """
+    rows, _ = pool(0, 1)
+    empty = dict(zip(("ids", "mask"), words.empty(), strict=True))
+    batch = {name: x for name, x in rows.items() if not name.startswith(("ids", "mask"))}
+    batch |= {name: rows[f"{name}_plain"].astype(jnp.int32) for name in empty}
+    batch |= {f"null_{name}": x for name, x in empty.items()}
+    times = tuple(twin_times(batch).items())
+    key = jax.random.key(0)
+    right = losses_by_level(networks, batch, key, LEVELS, times)
+    wrong = losses_by_level(networks, batch | {"audio": jnp.roll(batch["audio"], 1, axis=0)}, key, LEVELS, times)
+    found = {f"unseen {s} {level}": x[i] for s, x in right.items() for i, level in enumerate(LEVELS)}
+    found |= {f"hears {level}": wrong["video"][i] - right["video"][i] for i, level in enumerate(LEVELS)}
+    return {name: float(x) for name, x in found.items()}
+
+
+_STAGES = {"vae": _vae, "audio_vae": _audio_vae, "vocoder": _vocoder, "twin": _twin}

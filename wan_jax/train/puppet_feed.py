@@ -1,0 +1,222 @@
+"""The puppet world as a source of training: everything is drawn and rendered on the device, from keys alone.
+
+Axes: ``B`` clips, ``P`` people of a clip, ``T H W`` frames, rows, columns, ``S`` text tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from wan_jax.config import ModelSpec
+from wan_jax.models.identity import voice_features
+from wan_jax.nn.mel import mel_spectrogram
+from wan_jax.nn.positions import reference_positions
+from wan_jax.train.flow import Batch, Dropout, Levels, draw_examples, flow_loss
+from wan_jax.train.puppets import world
+from wan_jax.train.words import Words
+
+Array = jax.Array
+
+CHUNK = 32  # clips that are rendered and encoded at once
+MOUTH_TOKENS = 3.0  # weight of the latents under a mouth, of 1
+MOUTH_PIXELS, FACE_PIXELS = 6.0, 2.0  # weights of pixels
+
+
+class Nothing:
+    """The feed of a task that draws its examples itself."""
+
+    def __call__(self, step: int, count: int) -> tuple[Any, Any]:
+        return None, None
+
+    def position(self) -> dict[str, Any]:
+        return {}
+
+    def seek(self, position: dict[str, Any]) -> None:
+        pass
+
+
+def clips(key: Array, count: int, people: int = 1, split: str = "train") -> tuple[world.Plan, world.Clip]:
+    """Plans and clips, leaves [count, ...]. Pure: what is not used of them is not rendered either."""
+    keys = jax.random.split(key, count)
+    plans = jax.vmap(lambda key: world.draw(key, split, people))(keys)
+    return plans, jax.vmap(world.render)(plans)
+
+
+def to_unit(pixels: Array) -> Array:
+    """uint8 to float32 in [-1, 1]."""
+    return pixels.astype(jnp.float32) / 127.5 - 1
+
+
+def boxes(box_BPT4: Array, size: int) -> Array:
+    """Which cells of a ``size`` x ``size`` grid the boxes of any person touch: bool [B, T, size, size]."""
+    edge = jnp.arange(size) / size
+    left, top, right, bottom = (box_BPT4[..., None, k] for k in range(4))
+    columns = (edge + 1 / size > left) & (edge < right)
+    rows = (edge + 1 / size > top) & (edge < bottom)
+    return (rows[..., :, None] & columns[..., None, :]).any(1)
+
+
+def video_examples(shared: Any, own: Any, key: Array, *, batch: int, latents: tuple[int, ...]) -> Batch:
+    """What `wan_jax.train.codec.vae_loss` takes, drawn and rendered.
+
+    Args:
+        latents: [t, h, w, z] of a clip.
+    """
+    key_clips, key_noise, key_picture = jax.random.split(key, 3)
+    _, clip = clips(key_clips, batch)
+    mouth = clip.truth.mouth
+    tall = (mouth[..., 3] - mouth[..., 1])[..., None]
+    face = mouth - tall * jnp.asarray([0.0, 1.3, 0.0, 0.0])  # from the brows to the chin
+    size = clip.video.shape[2]
+    weight = jnp.where(boxes(mouth, size), MOUTH_PIXELS, jnp.where(boxes(face, size), FACE_PIXELS, 1.0))
+    return {
+        "video": to_unit(clip.video),
+        "pixel_weight": weight,
+        "picture": to_unit(clip.pictures[:, 0]),
+        "noise": jax.random.normal(key_noise, (batch, *latents)),
+        "picture_noise": jax.random.normal(key_picture, (batch, 1, *latents[1:])),
+    }
+
+
+def audio_examples(shared: Any, own: Any, key: Array, *, batch: int, latents: tuple[int, int]) -> Batch:
+    """What the losses of the audio codec take; ``latents`` is [A, z] of a clip."""
+    key_clips, key_noise = jax.random.split(key)
+    _, clip = clips(key_clips, batch)
+    return {"audio": clip.audio, "noise": jax.random.normal(key_noise, (batch, *latents))}
+
+
+def encode_clips(codec: dict[str, Any], key: Array, *, spec: ModelSpec, words: Words, people: int, split: str) -> Batch:
+    """One chunk of clips as `wan_jax.train.flow.draw_examples` takes them.
+
+    Args:
+        codec: "vae" and "audio_vae", anything with ``encode``.
+    """
+    plans, clip = clips(key, CHUNK, people, split)
+    mel, (_, height, width, _) = spec.sound.mel, clip.video.shape[1:]
+    latents = codec["vae"].encode(to_unit(clip.video))
+    frames, rows = latents.shape[1:3]
+    touched = boxes(clip.truth.mouth, rows)  # [B, T, h, w], of every video frame
+    grouped = touched[:, 1:].reshape(CHUNK, frames - 1, -1, rows, rows).any(2)
+    touched = jnp.concatenate([touched[:, :1], grouped], axis=1)
+    pictures = to_unit(clip.pictures).reshape(-1, 1, height, width, 3)
+    references = codec["vae"].encode(pictures)
+    voices = clip.voices.reshape(-1, clip.voices.shape[-1])
+    heard = codec["audio_vae"].encode(mel_spectrogram(voices, mel))
+    texts = {
+        name: jax.vmap(lambda plan, options=options: words.caption(plan, **options))(plans)
+        for name, options in {
+            "plain": dict(described=False),
+            "described": dict(described=True),
+            "alone": dict(described=True, references=False),
+        }.items()
+        if name != "alone" or people == 1
+    }
+    tokens = {f"ids_{name}": ids for name, (ids, _) in texts.items()}
+    tokens |= {f"mask_{name}": mask for name, (_, mask) in texts.items()}
+    return {name: x.astype(jnp.uint8) for name, x in tokens.items()} | {
+        "video": latents.astype(jnp.bfloat16),
+        "audio": codec["audio_vae"].encode(mel_spectrogram(clip.audio, mel)),
+        "video_references": references.reshape(CHUNK, people, *references.shape[2:]).astype(jnp.bfloat16),
+        "audio_references": heard.reshape(CHUNK, -1, heard.shape[-1]),
+        "pictures": clip.pictures,
+        "voice": voice_features(clip.voices, mel),
+        "video_weight": jnp.where(touched, MOUTH_TOKENS, 1.0).astype(jnp.bfloat16),
+    }
+
+
+class PuppetPool:
+    """Encoded clips, kept on the device and drawn from at random; made anew after some steps, from keys alone.
+
+    Args:
+        codec: see `encode_clips`.
+        size: clips of one pool, a multiple of `CHUNK`.
+        refresh: steps that a pool serves.
+        kinds: in turn of the calls: "one" person with a reference, "two" persons, or one "alone", told by the text.
+    """
+
+    def __init__(
+        self,
+        codec: dict[str, Any],
+        spec: ModelSpec,
+        words: Words,
+        *,
+        size: int,
+        refresh: int,
+        kinds: tuple[str, ...] = ("one",),
+        seed: int = 0,
+        split: str = "train",
+    ):
+        self._codec, self._key = codec, jax.random.key(seed)
+        self._size, self._refresh, self._kinds = size, refresh, kinds
+        self._pools: dict[int, tuple[int, Batch]] = {}  # people -> which pool it is, and the pool
+        self._encode: dict[int, Callable[..., Batch]] = {
+            people: jax.jit(functools.partial(encode_clips, spec=spec, words=words, people=people, split=split))
+            for people in (1, 2)
+        }
+
+    def __call__(self, step: int, count: int) -> tuple[Any, Any]:
+        kind = self._kinds[step // count % len(self._kinds)]
+        people = 2 if kind == "two" else 1
+        number = step // self._refresh
+        if self._pools.get(people, (None,))[0] != number:
+            self._pools.pop(people, None)
+            self._pools[people] = number, self.pool(people, number)
+        rows = self._pools[people][1]
+        if kind == "alone":
+            return {name: x for name, x in rows.items() if name not in _OF_REFERENCES}, None
+        return {name: x for name, x in rows.items() if not name.endswith("_alone")}, None
+
+    def pool(self, people: int, number: int) -> Batch:
+        """Pool ``number`` of clips with so many people."""
+        key = jax.random.fold_in(jax.random.fold_in(self._key, people), number)
+        parts = [self._encode[people](self._codec, k) for k in jax.random.split(key, self._size // CHUNK)]
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+    def position(self) -> dict[str, Any]:
+        return {}  # the step tells
+
+    def seek(self, position: dict[str, Any]) -> None:
+        pass
+
+
+_OF_REFERENCES = (
+    "video_references", "audio_references", "pictures", "voice", "ids_plain", "mask_plain", "ids_described",
+    "mask_described",
+)  # fmt: skip
+
+
+def twin_examples(
+    rows: Batch, own: Any, key: Array, *, batch: int, words: Words, levels: Levels, dropout: Dropout, first_frame: float
+) -> Batch:
+    """Draw a batch from a pool and make it what `flow_loss` takes; half of the captions tell what people look like."""
+    key_rows, key_text, key = jax.random.split(key, 3)
+    size = len(rows["video"])
+    chosen = jax.tree.map(lambda x: x[jax.random.randint(key_rows, (batch,), 0, size)], rows)
+    told = jax.random.uniform(key_text, (batch, 1)) < 0.5
+    empty = dict(zip(("ids", "mask"), words.empty(), strict=True))
+    for name in empty:
+        variants = {v: chosen.pop(f"{name}_{v}") for v in ("plain", "described", "alone") if f"{name}_{v}" in chosen}
+        text = variants.get("alone")
+        if text is None:
+            text = jnp.where(told, variants["described"], variants["plain"])
+        chosen |= {name: text.astype(jnp.int32), f"null_{name}": empty[name]}
+    return draw_examples(key, chosen, levels, dropout, first_frame=first_frame)
+
+
+def twin_loss(networks: dict[str, Any], example: Batch, *, remat: bool = False) -> tuple[Array, dict[str, Array]]:
+    """`flow_loss` with references at the places that belong to them."""
+    return flow_loss(networks, example, times=twin_times(example), remat=remat)
+
+
+def twin_times(example: Batch) -> dict[str, tuple[float, ...]]:
+    """Positions in time of both streams of an example, see `wan_jax.sound.reference_times`."""
+    clean = example["clean"] if "clean" in example else example
+    people = example["video_references"].shape[1] if "video_references" in example else 0
+    lengths = [example["audio_references"].shape[1] // people] * people if people else []
+    video, audio, scale = reference_positions(clean["video"].shape[1], clean["audio"].shape[1], people, lengths)
+    return {"video": tuple(video.tolist()), "audio": tuple((audio * scale).tolist())}
