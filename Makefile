@@ -16,13 +16,15 @@ $(VENV)/.oracle: $(VENV)/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,oracle]"
 	touch $@
 
-# No trained model ships yet: a tiny random one shows the whole path, from a checkpoint in the official layout to an mp4.
+# No trained model ships yet: a tiny random one shows the whole path, from a checkpoint, a picture and a voice to an mp4.
 demo: $(VENV)/.ready
 	rm -rf demo_model
-	$(BIN)/wan-jax convert random demo_model --tiny t2v
-	@echo "The weights are random: the clip shows that every part runs, not what a trained model draws."
-	$(BIN)/wan-jax generate --model demo_model --prompt "a cat surfing a wave at sunset" \
-		--size 128x96 --num-frames 17 --num-steps 8 --output demo.mp4 --profile
+	$(BIN)/wan-jax convert random demo_model --tiny wan2.6
+	@echo "The weights are random: picture and sound show that every part runs, not what a trained model makes."
+	$(BIN)/wan-jax generate --model demo_model --reference wan_jax/assets/puppet.png --voice wan_jax/assets/puppet.wav \
+		--i-have-consent --prompt 'Character1 says "ba do mi" in front of a blue wall.' \
+		--size 96x96 --num-frames 49 --num-steps 8 --output demo.mp4 --profile
+	$(BIN)/wan-jax verify demo.mp4
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import wan_jax
 from wan_jax.captions import structured_caption
 from wan_jax.errors import InputError
 from wan_jax.evaluate import looks, puppets, sounds
+from wan_jax.media import read_audio, read_image
 from wan_jax.train.puppets import faces, scripts, voices, world
 
 COUNT = 16
@@ -172,3 +175,12 @@ def test_small_measures():
     grey = np.full((2, 16, 16, 3), 100, np.uint8)
     assert puppets.psnr(grey, grey) == 99 and abs(puppets.psnr(grey, grey + 10) - 28.13) < 0.01
     assert looks.spread(grey / 255) == looks.flicker(grey / 255) == 0
+
+
+def test_the_puppet_that_ships_is_of_this_world():
+    """Its picture and voice are a held-out person's, so a trained model has not seen them."""
+    clip = jax.jit(world.render)(world.draw(jax.random.key(3), "test"))
+    folder = Path(wan_jax.__file__).parent / "assets"
+    picture = read_image(folder / "puppet.png").astype(int)
+    assert np.abs(picture - np.asarray(clip.pictures[0])).max() <= 1
+    np.testing.assert_allclose(read_audio(folder / "puppet.wav"), clip.voices[0], atol=1e-3)

@@ -110,14 +110,18 @@ def fusion_velocity(
             for stream, clean in (condition.references or {}).items():
                 seen[stream] = jnp.concatenate([latents[stream], shown(stream, clean)], axis=1)
             identity, voice = condition.identity_BRIC, condition.voice_BRTF
-            if condition.token_time is not None:
+            token_time = condition.token_time
+            if token_time is not None:
                 timesteps = jnp.stack([timesteps, jnp.zeros_like(timesteps)], axis=-1)
+                per_frame = token_time.shape[1] // latents["video"].shape[1]
+                behind = seen["video"].shape[1] - latents["video"].shape[1]  # references, at the clip's own timestep
+                token_time = jnp.pad(token_time, ((0, 0), (0, behind * per_frame)))
             out = fusion(
                 seen,
                 timesteps,
                 passes.text,
                 times=times,
-                token_time=condition.token_time,
+                token_time=token_time,
                 identity_BRIC=None if identity is None else shown("video", identity),
                 voice_BRTF=None if voice is None else shown("audio", voice),
                 skip_B=passes.skip_G,
