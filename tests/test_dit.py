@@ -355,5 +355,6 @@ def test_published_models_can_be_sharded(name):
             shape = param_sharding(part, path, leaf.shape, mesh).shard_shape(leaf.shape)
             held, total = held + np.prod(shape), total + leaf.size
             adapters += leaf.size * is_adapter(path)
-        assert held < total * (1.01 if part in ("vae", "audio_vae", "vocoder") else 0.14), part
+        whole = part in ("vae", "audio_vae", "vocoder") or spec.name == "wan2.6-nano"  # too small to be cut
+        assert held < total * (1.01 if whole else 0.14), part
         assert part != "dit" or total - adapters == spec.dit.num_params()

@@ -31,8 +31,10 @@ from wan_jax.sampling.sampler import make_steps, run_segment
 from wan_jax.sampling.schedule import make_schedule
 from wan_jax.sampling.solvers import State
 from wan_jax.sound import SoundCondition, fusion_velocity, guidance_passes, num_voice_latents, reference_times
+from wan_jax.train.nano import export
+from wan_jax.train.words import write_tokenizer
 from wan_jax.weights.engine import check
-from wan_jax.weights.layouts import locate, table
+from wan_jax.weights.layouts import locate, spec_parts, table
 
 RNG = np.random.default_rng(0)
 FACE = RNG.integers(0, 256, (40, 30, 3), np.uint8)
@@ -440,6 +442,35 @@ def test_models_without_sound_refuse_it():
         resolve(MODELS["ovi-5s"], "a cat", references=[object()], consent="yes")
     with pytest.raises(InputError, match="wan2.6-r2av-11b has no published weights"):
         wan_jax.load("wan2.6-r2av-11b")
+
+
+def test_small_model_from_its_export_to_a_clip(tmp_path):
+    """The nano architecture in the layout that the trainer writes, random weights: loads, and draws its own puppet."""
+    spec, folder = MODELS["wan2.6-nano"], tmp_path / "nano"
+    rng, networks = np.random.default_rng(0), {}
+    for part in spec_parts(spec):
+        shape = build(part, spec, jnp.float32)
+        flat = {path: 0.05 * rng.standard_normal(x.shape, np.float32) for path, x in flatten_params(shape).items()}
+        networks[part] = unflatten_like(shape, flat)
+    write_tokenizer(tmp_path / "tokenizer")
+    export(spec, networks, tmp_path / "tokenizer", folder)
+    assert max(path.stat().st_size for path in folder.iterdir()) < 16e6
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 25e6
+
+    nano = wan_jax.load(folder, dtype="float32")
+    assert nano.spec == spec and nano.parts == spec_parts(spec)
+    with pytest.raises(InputError, match="wan2.6-nano has no published weights"):
+        wan_jax.load("wan2.6-nano")
+    assets = Path(wan_jax.__file__).parent / "assets"
+    puppet = Reference(image=assets / "puppet.png", voice=assets / "puppet.wav")
+    clip = wan_jax.generate(
+        nano, 'character1 nods in front of a striped yellow wall and says "to gu".', references=[puppet],
+        i_have_consent=True, num_steps=1, progress=False,
+    )  # fmt: skip
+    assert clip.video.shape == (33, 96, 96, 3) and clip.audio.shape == (33_000,)
+    (folder / "spec.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"spec.json: not written by this program"):
+        wan_jax.load(folder)
 
 
 # ---- on the command line -----------------------------------------------------------------------------------

@@ -467,6 +467,7 @@ NANO = ModelSpec(
     ),
     sizes=((96, 96),), num_steps=20, shift=1.0, guidance_scale=2.0, num_frames=33, fps=16, negative_prompt="",
 )  # fmt: skip
+MODELS[NANO.name] = NANO
 
 
 def from_json(kind: type, data: Mapping[str, Any]) -> Any:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wan_jax.checkpoint import abstract, restore_params
+from wan_jax.checkpoint import abstract, flatten_params, restore_params
 from wan_jax.config import FusionConfig, ModelSpec, find_model
 from wan_jax.errors import InputError
 from wan_jax.models.audio_vae import AudioVAE
@@ -33,6 +33,7 @@ from wan_jax.weights import layouts
 from wan_jax.weights.engine import fill
 from wan_jax.weights.hub import resolve
 from wan_jax.weights.lora import Lora, merge
+from wan_jax.weights.readers import open_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +146,18 @@ class Model:
         log.info("loading %s (%.2f GB) from %s", part, num_bytes(shape) / 1e9, path)
         if self.files.layout == "orbax":
             module = restore_params(path, shape, network=network, mesh=self.mesh)
+        elif self.files.layout == "compact":
+            others = rf"(?!{part}\.).*"
+            with open_checkpoint(path, stem="weights") as source:
+                module = fill(
+                    shape,
+                    layouts.compact_rows(part, flatten_params(shape)),
+                    source,
+                    network=network,
+                    mesh=self.mesh,
+                    ignore=[(others, "of another network")],
+                    what=str(path),
+                )
         else:
             with layouts.open_part(part, path) as source:
                 module = fill(

@@ -24,13 +24,14 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 def describe(spec: ModelSpec) -> dict:
     """One row. Memory is that of the diffusion transformers' weights alone."""
     billions = spec.num_params / 1e9
+    count = f"{billions / spec.num_experts:.1f} B" if billions >= 0.1 else f"{billions * 1000:.1f} M"
     experts = f"{spec.num_experts} x " * (spec.num_experts > 1)
     return {
         "name": spec.name,
         "task": TASKS[spec.task],
-        "parameters": f"{experts}{billions / spec.num_experts:.1f} B",
-        "memory_bf16_gb": round(billions * 2, 1),
-        "memory_int8_gb": round(billions, 1),
+        "parameters": f"{experts}{count}",
+        "memory_bf16_gb": round(billions * 2, 1 if billions >= 0.1 else 3),
+        "memory_int8_gb": round(billions, 1 if billions >= 0.1 else 3),
         "sizes": [f"{w}x{h}" for w, h in spec.sizes],
         "num_frames": spec.num_frames,
         "fps": spec.fps,

@@ -36,6 +36,7 @@ OFFICIAL_FILES += ("high_noise_model/*", "low_noise_model/*")
 DIFFUSERS_FILES = ("model_index.json", "transformer*/*", "vae/*", "text_encoder/*", "tokenizer/*")
 DIFFUSERS_FILES += ("image_encoder/*", "scheduler/*.json")
 
+ASSETS = Path(__file__).parent.parent / "assets"  # models that ship with the package have a folder there
 _STREAMS = 4  # files at a time, when transferring and when hashing
 _CHUNK = 2**20  # bytes between two looks at the stop signal
 _HEADROOM = 1.05  # times the bytes to transfer must be free: a full disk harms more than this download
@@ -179,6 +180,8 @@ def resolve(
     _warn_if_memory_is_short(needed_bytes)
     if not isinstance(source, Repository):
         path = Path(source).expanduser()
+        if (shipped := ASSETS / str(source)).is_dir() and str(source) in MODELS:
+            return shipped
         if path.is_dir() or (path.is_file() and any(path.match(spec.file) for spec in MODELS.values() if spec.file)):
             return path
         if path.exists():

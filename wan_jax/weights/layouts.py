@@ -10,6 +10,9 @@
 | tokenizer | google/umt5-xxl/ | tokenizer/ | tokenizer/ |
 | audio_vae, vocoder | MMAudio/ext_weights/ | - | audio_vae/, vocoder/ |
 
+A model that `wan_jax.train` exported has all networks in ``weights-*.safetensors`` under our own names, beside
+``spec.json`` and ``tokenizer.json``: the compact layout.
+
 Models with sound come as a folder of several repositories: the transformer is `ModelSpec.file`; its VAE, text encoder
 and tokenizer lie in Wan2.2-TI2V-5B/. There is no diffusers layout of them.
 """
@@ -19,13 +22,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wan_jax.config import MODELS, DiTConfig, FusionConfig, ModelSpec, from_json
 from wan_jax.errors import CheckpointError
+from wan_jax.weights.engine import Row
 from wan_jax.weights.fused import FusedWeights
 from wan_jax.weights.maps import audio_vae, clip, dit, fusion, umt5, vae, vocoder
 from wan_jax.weights.readers import open_checkpoint
@@ -33,6 +37,7 @@ from wan_jax.weights.readers import open_checkpoint
 log = logging.getLogger(__name__)
 
 MANIFEST = "wan_jax.json"
+COMPACT = "spec.json"
 VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 T5_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
@@ -63,7 +68,7 @@ class Files:
     """A model folder: its layout, what model it holds, and where every part is, or would be if it were there."""
 
     folder: Path
-    layout: str  # official | diffusers | orbax
+    layout: str  # official | diffusers | orbax | compact
     spec: ModelSpec
     parts: Mapping[str, Path]
 
@@ -115,6 +120,8 @@ def locate(folder: str | Path) -> Files:
         raise CheckpointError(f"{folder}: no such folder")
     if (folder / MANIFEST).is_file():
         return _orbax(folder)
+    if (folder / COMPACT).is_file():
+        return _compact(folder)
     if (folder / "model_index.json").is_file():
         return _diffusers(folder)
     if (folder / "config.json").is_file() or (folder / EXPERT_FOLDERS["dit"]).is_dir():
@@ -126,8 +133,9 @@ def locate(folder: str | Path) -> Files:
         return _with_sound(folder, found[0])
     files = ", ".join(spec.file for spec in with_sound)
     raise CheckpointError(
-        f"{folder}: not a model folder. Looked for {MANIFEST} (Orbax layout), model_index.json (diffusers layout),"
-        f" config.json or {EXPERT_FOLDERS['dit']}/ (official layout), and {files} (with sound)"
+        f"{folder}: not a model folder. Looked for {MANIFEST} (Orbax layout), {COMPACT} (compact layout),"
+        f" model_index.json (diffusers layout), config.json or {EXPERT_FOLDERS['dit']}/ (official layout), and {files}"
+        " (with sound)"
     )
 
 
@@ -201,6 +209,19 @@ def _orbax(folder: Path) -> Files:
         return Files(folder, "orbax", spec, {part: folder / part for part in (*spec_parts(spec), "tokenizer")})
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: not written by this program, or damaged: {error}") from error
+
+
+def _compact(folder: Path) -> Files:
+    try:
+        spec = from_json(ModelSpec, read_json(folder / COMPACT)["spec"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / COMPACT}: not written by this program, or damaged: {error}") from error
+    return Files(folder, "compact", spec, dict.fromkeys((*spec_parts(spec), "tokenizer"), folder))
+
+
+def compact_rows(part: str, paths: Iterable[str]) -> list[Row]:
+    """The name table of one network in the compact layout: our paths behind its name, stacks as they are."""
+    return [Row(path, "array", f"{part}.{path}", ()) for path in paths]
 
 
 def part_shapes(part: str, path: Path) -> dict[str, tuple[int, ...]]:
