@@ -1,10 +1,12 @@
 """wan2.6-nano from nothing, on talking puppets that are drawn and rendered on the device.
 
     wan-jax train --config configs/train_nano.py --out runs/nano
-    wan-jax train --config configs/train_nano.py --out runs/nano --resume --minutes 9.5     as often as needed
+    wan-jax train --config configs/train_nano.py --out runs/nano --resume --minutes 9.5
+
+The second line is for machines that are lent for minutes: repeat it until ``runs/nano/export`` is there.
 
 Expect: four stages, each with its states and ``metrics.jsonl``, and ``runs/nano/export`` with the weights in bfloat16.
-The sizes are meant for twenty minutes of one large GPU. Needs no network and no data.
+The sizes are meant for twenty minutes of one large GPU; none was timed on one. Needs no network and no data.
 """
 
 from ml_collections import ConfigDict

@@ -451,7 +451,7 @@ NANO = ModelSpec(
         dim=160, ffn_dim=320, num_heads=4, num_layers=6, in_dim=16, out_dim=16, text_dim=128, text_len=112,
         freq_dim=128, audio_kernel=3, audio_rope_scale=0.140625, coupling=CouplingConfig(),
         identity=IdentityConfig(feature_dim=96, dim=128, num_tokens=16, num_layers=1, num_heads=4, max_references=2),
-        voice=VoiceConfig(dim=128, num_tokens=8, num_layers=1, num_heads=4, max_references=2, seconds=1.0),
+        voice=VoiceConfig(dim=128, num_tokens=16, num_layers=1, num_heads=4, max_references=2, seconds=1.0),
     ),
     vae=VAEConfig(
         version="2.2", dim=32, dec_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True)
