@@ -350,7 +350,7 @@ def test_official_files(part, tiny_folder, tmp_path):
 
 def test_configs_of_published_models():
     """The networks of our table, as diffusers would build them, have as many parameters as ours."""
-    for cfg in {spec.dit for spec in MODELS.values()}:
+    for cfg in {spec.dit for spec in MODELS.values() if spec.diffusers_repository}:
         with torch.device("meta"):
             theirs = diffusers_model(cfg)
         assert sum(p.numel() for p in theirs.parameters()) == cfg.num_params(), cfg
