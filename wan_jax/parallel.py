@@ -64,6 +64,7 @@ RULES: dict[str, tuple[tuple[str, tuple[str | None, ...]], ...]] = {
     # Small too, and a clip of sound is short: every device does all of it.
     "audio_vae": ((r".*\.(kernel|learnable_gain)|data_(mean|std)", _REPLICATED),),
     "vocoder": ((r".*\.(kernel|bias|alpha|beta)", _REPLICATED),),
+    "lora": ((r".*\.(down|up)", _REPLICATED),),  # factors in training: small
     "text_encoder": (
         (r"token_embedding\.embedding", ("vocab", "in")),
         (r"blocks\.attn\.[qkv]\.kernel", ("layer", "in", "out")),
