@@ -146,7 +146,7 @@ def test_wrong_key_and_unmarked(marked):
 def test_small_clips(height, width, num_frames, tmp_path):
     for seed in range(2):
         clip = mark(Clip(scene(height, width, num_frames, seed), 16, settings=SETTINGS), model=MODEL)
-        assert psnr(scene(height, width, num_frames, seed), clip.video) >= 41
+        assert psnr(scene(height, width, num_frames, seed), clip.video) >= 39.5
         record = clip.settings["provenance"]["picture"]
         assert record["bits"] == 16 and "no hash" in record["note"]
         coded = read_video(clip.save(tmp_path / "small.mp4"))

@@ -1,9 +1,10 @@
 """The watermark in the picture: a keyed tile of square chips, the same in all frames, added to all three colours.
 
 Where it hides: the amplitude follows the contrast around a pixel so that structural similarity falls alike
-everywhere, and is scaled down frame by frame to hold 41 dB. Chips are as large as the frame allows: 8 pixels match
-the transform blocks of video codecs, which keep their means longest. The detector averages whitened frames over time,
-so a cut clip reads like a whole one, and folds the average modulo a tile of any chip size, so a scaled one does too.
+everywhere, and is scaled down frame by frame to hold 41 dB (39.5 in small frames). Chips are as large as the frame
+allows: 8 pixels match the transform blocks of video codecs, which keep their means longest. The detector averages
+whitened frames over time, so a cut clip reads like a whole one, and folds the average modulo a tile of any chip size, so
+a scaled one does too.
 
 Axes: ``T`` frames, ``H W`` height and width in pixels; tiles are [n, n] chips.
 """
@@ -26,9 +27,10 @@ LUMA = (0.2126, 0.7152, 0.0722)  # BT.709
 SIDE = {FULL: 32, SMALL: 16}  # chips along a tile
 MIN_SIDE = SIDE[SMALL] * 2  # pixels; below, not even one small tile fits
 
-_SSIM_LOSS = 0.017  # per pixel before rounding and the limit of PSNR
+# By the pixels along a chip: few pixels of small frames leave no room for less.
+_SSIM_LOSS = {2: 0.06, 4: 0.017, 8: 0.017}  # per pixel before rounding and the limit of PSNR
 _SSIM_C2 = (0.03 * 255) ** 2  # Wang et al. 2004
-_PSNR = 41.2  # dB, a little over the 41 dB promised, for rounding
+_PSNR = {2: 39.7, 4: 41.2, 8: 41.2}  # dB, a little over the 39.5 and 41 promised, for rounding
 _MAX_LEVELS = 3.0  # more would only pile up at edges, where it is seen and cannot be read
 _HEADROOM = 8  # levels
 _CHUNK = 8  # frames at a time, for memory
@@ -71,12 +73,12 @@ def watermark(frames_THWC: jax.Array, tile: jax.Array, chip: int) -> jax.Array:
     mean_THW = _box(y_THW, 9)
     variance = _box((y_THW - mean_THW) ** 2, 9)
     # SSIM loses about m^2 / (2 v + C2) where a mark of variance m^2 is added to a picture of variance v.
-    amplitude = jnp.minimum(jnp.sqrt(_SSIM_LOSS * (2 * variance + _SSIM_C2)), _MAX_LEVELS)
+    amplitude = jnp.minimum(jnp.sqrt(_SSIM_LOSS[chip] * (2 * variance + _SSIM_C2)), _MAX_LEVELS)
     # Near black and white half of the mark would be clipped, which shifts the mean.
     amplitude *= jnp.clip(jnp.minimum(mean_THW, 255 - mean_THW) / _HEADROOM, 0, 1)
     mark_THW = amplitude * mark_HW
     rms = jnp.sqrt(jnp.mean(mark_THW**2, axis=(1, 2), keepdims=True))
-    mark_THW *= jnp.minimum(1, 255 * 10 ** (-_PSNR / 20) / rms)
+    mark_THW *= jnp.minimum(1, 255 * 10 ** (-_PSNR[chip] / 20) / rms)
     x_THWC = jnp.clip(x_THWC + mark_THW[..., None], 0, 255)
     return jnp.round(x_THWC).astype(jnp.uint8) if whole else (x_THWC / 127.5 - 1).astype(frames_THWC.dtype)
 
