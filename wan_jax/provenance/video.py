@@ -3,8 +3,8 @@
 Where it hides: the amplitude follows the contrast around a pixel so that structural similarity falls alike
 everywhere, and is scaled down frame by frame to hold 41 dB (39.5 in small frames). Chips are as large as the frame
 allows: 8 pixels match the transform blocks of video codecs, which keep their means longest. The detector averages
-whitened frames over time, so a cut clip reads like a whole one, and folds the average modulo a tile of any chip size, so
-a scaled one does too.
+whitened frames over time, so a cut clip reads like a whole one, and folds the average modulo a tile of any chip size,
+so a scaled one does too.
 
 Axes: ``T`` frames, ``H W`` height and width in pixels; tiles are [n, n] chips.
 """
