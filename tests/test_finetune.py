@@ -17,7 +17,6 @@ import wan_jax
 from tests.test_train import DIT, NO_DROPOUT, QUICK, QUIET, Fixed, dit, dit_batch, flow_task, recipe, same
 from wan_jax.checkpoint import abstract, flatten_params
 from wan_jax.cli import main
-from wan_jax.cli.train import _encode_references
 from wan_jax.config import FusionConfig
 from wan_jax.conversion import tiny_spec
 from wan_jax.errors import InputError
@@ -25,7 +24,7 @@ from wan_jax.media import Clip
 from wan_jax.models.dit import DiT
 from wan_jax.models.fusion import Fusion
 from wan_jax.parallel import make_mesh
-from wan_jax.train.data import ClipFolder, Format, find_clips, read_frames
+from wan_jax.train.data import ClipFolder, Format, encode_references, find_clips, read_frames
 from wan_jax.train.finetune import finetune
 from wan_jax.train.loop import fit
 from wan_jax.train.lora import add_factors, lora_task, new_factors, write_lora
@@ -153,18 +152,21 @@ def test_a_model_with_sound_wants_it(tmp_path):
     np.testing.assert_allclose(heard[: min(samples, 8000)], wave[:samples], atol=1e-3)
 
 
-def test_references_of_a_clip_and_of_one_that_has_none(clips, t2v, tmp_path):
+def test_references_of_a_clip_and_of_one_that_has_none(clips, t2v, tmp_path, monkeypatch):
     folder = tmp_path / "data"
     shutil.copytree(clips, folder)
     for name in ("b.ref1.png", "b.ref2.png", "b.ref2.wav"):
         (folder / name).write_bytes(name.encode())
     seen = []
 
-    def encode(model, caption, pairs, to):
+    def encode(model, caption, pairs, to, *, consent):
+        assert consent
         seen.append((caption, [[path and path.name for path in pair] for pair in pairs], to))
         return {"video_references": np.ones((len(pairs), 4, 4, 16), np.float32)}
 
-    _, own = ClipFolder(folder, t2v, tmp_path / "cache", TO, batch=2, references=encode)(0, 1)
+    monkeypatch.setattr("wan_jax.train.data.encode_references", encode)
+    monkeypatch.setattr("wan_jax.config.ModelSpec.takes_references", True)  # the t2v model is the quickest to encode
+    _, own = ClipFolder(folder, t2v, tmp_path / "cache", TO, batch=2, consent=True)(0, 1)
     assert seen == [("a dog in the rain", [["b.ref1.png", None], ["b.ref2.png", "b.ref2.wav"]], TO)]
     assert own["video_references"].shape == (1, 2, 2, 4, 4, 16)
     assert sorted(own["video_references"].mean((0, 2, 3, 4, 5))) == [0, 1]
@@ -174,10 +176,10 @@ def test_references_are_encoded_as_for_generate(tiny_folder):
     model = wan_jax.load(tiny_folder("wan2.6"), dtype="float32", offload=False)
     look, voice = (Path(wan_jax.__file__).parent / "assets" / f"puppet.{end}" for end in ("png", "wav"))
     with pytest.raises(InputError, match="--i-have-consent"):
-        _encode_references(model, "a person", [(look, voice)], TO, consent=False)
+        encode_references(model, "a person", [(look, voice)], TO, consent=False)
     with pytest.raises(InputError, match="all have a voice, or none"):
-        _encode_references(model, "a person", [(look, voice), (look, None)], TO, consent=True)
-    found = _encode_references(model, "a person", [(look, None)], Format(64, 32, 5), consent=True)
+        encode_references(model, "a person", [(look, voice), (look, None)], TO, consent=True)
+    found = encode_references(model, "a person", [(look, None)], Format(64, 32, 5), consent=True)
     assert {name: x.shape[:2] for name, x in found.items()} == {
         "video_references": (1, 2), "identity": (1, 17), "voice": (1, 250),
     }  # fmt: skip

@@ -51,7 +51,8 @@ MAY_IMPORT = {
     "work": "config models",
     "plan": "config parallel nn models checkpoint model request sound weights work",
     "aot": "config parallel nn models checkpoint model request conditions sound sampling pipeline plan",
-    "train": "config parallel nn models checkpoint text captions media sampling weights model conditions train.puppets",
+    "train": "config parallel nn models checkpoint text captions media references request sampling weights model"
+    " conditions sound pipeline conversion train.puppets",
     "train.puppets": "captions",  # a world of its own
     "evaluate": "config checkpoint model media request references conditions sound pipeline provenance parallel"
     " train.puppets",  # its truth

@@ -19,7 +19,7 @@ from wan_jax import Reference, pipeline
 from wan_jax.checkpoint import flatten_params, unflatten_like
 from wan_jax.cli import main
 from wan_jax.config import MODELS, FusionConfig, IdentityConfig, VoiceConfig
-from wan_jax.conversion import import_folder
+from wan_jax.conversion import import_folder, write_compact
 from wan_jax.errors import CheckpointError, InputError, NonFiniteError
 from wan_jax.media import Clip, read_settings, read_video
 from wan_jax.model import build
@@ -31,7 +31,6 @@ from wan_jax.sampling.sampler import make_steps, run_segment
 from wan_jax.sampling.schedule import make_schedule
 from wan_jax.sampling.solvers import State
 from wan_jax.sound import SoundCondition, fusion_velocity, guidance_passes, num_voice_latents, reference_times
-from wan_jax.train.nano import export
 from wan_jax.train.words import write_tokenizer
 from wan_jax.weights.engine import check
 from wan_jax.weights.layouts import locate, spec_parts, table
@@ -453,7 +452,7 @@ def test_small_model_from_its_export_to_a_clip(tmp_path):
         flat = {path: 0.05 * rng.standard_normal(x.shape, np.float32) for path, x in flatten_params(shape).items()}
         networks[part] = unflatten_like(shape, flat)
     write_tokenizer(tmp_path / "tokenizer")
-    export(spec, networks, tmp_path / "tokenizer", folder)
+    write_compact(spec, networks, tmp_path / "tokenizer", folder)
     assert max(path.stat().st_size for path in folder.iterdir()) < 16e6
     assert sum(path.stat().st_size for path in folder.iterdir()) < 25e6
 

@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wan_jax.checkpoint import save_params
+from wan_jax.checkpoint import flatten_params, save_params
 from wan_jax.config import (
     MODELS,
     AudioVAEConfig,
@@ -38,6 +38,7 @@ from wan_jax.weights.writers import write_pth, write_safetensors, write_sharded_
 
 # Distinct values of a random tensor, which a larger one repeats. A prime: no two rows of a matrix are then equal.
 NUM_VALUES = 1_000_003
+PIECE_BYTES = 14_500_000  # of a file of the compact layout
 
 Say = Callable[[str], None]
 Tensors = Iterable[tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]
@@ -75,7 +76,10 @@ def import_folder(model: Model, target: str | Path, say: Say = print) -> None:
 
 def _copy_tokenizer(model: Model, target: Path) -> None:
     source = model.files.parts["tokenizer"]
-    if source.exists():
+    if model.files.layout == "compact":  # where it lies beside the weights
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / "tokenizer.json", target)
+    elif source.exists():
         shutil.copytree(source, target)
 
 
@@ -96,7 +100,7 @@ def export_folder(
     dtype: Any = None,
     say: Say = print,
 ) -> None:
-    """Write a model in the official or the diffusers layout, adapters merged.
+    """Write a model in the official, the diffusers or the compact layout, adapters merged.
 
     Args:
         parts: networks to write, default all. ComfyUI and diffusers take the transformer alone too.
@@ -105,6 +109,10 @@ def export_folder(
     chosen = tuple(parts or model.parts)
     for part in set(chosen) - set(model.parts):
         raise InputError(f"{model.spec.name} has no {part}: it has {', '.join(model.parts)}")
+
+    if layout == "compact":
+        networks = {part: model.network(part) for part in chosen}
+        return write_compact(model.spec, networks, model.files.parts["tokenizer"], target)
 
     def tensors(part: str) -> Iterator:
         rows = layouts.table(part, layouts.network_config(model.spec, part))
@@ -147,6 +155,21 @@ def add_adapters(base: Model, encoder: Model, target: str | Path, *, seed: int =
 
     write_folder(spec, target, "official", layouts.spec_parts(spec), tensors, say, after=free)
     _copy_tokenizer(base, part_path(spec, Path(target), "official", "tokenizer"))
+
+
+def write_compact(spec: ModelSpec, networks: Mapping[str, Any], tokenizer: Path, target: str | Path) -> None:
+    """Write the compact layout: all networks in bfloat16 under our names, in pieces, with the specification.
+
+    Pieces of an earlier export are replaced.
+    """
+    target = Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    for old in target.glob("weights*"):
+        old.unlink()
+    flat = {name: np.asarray(x).astype(jnp.bfloat16) for name, x in flatten_params(dict(networks)).items()}
+    write_sharded_safetensors(target, "weights", flat, max_shard_bytes=PIECE_BYTES)
+    write_json(target / layouts.COMPACT, {"spec": dataclasses.asdict(spec)})
+    shutil.copy(tokenizer / "tokenizer.json", target)
 
 
 def write_folder(

@@ -130,6 +130,10 @@ class Model:
             self._networks[part] = self._load(part)
         return self._networks[part]
 
+    def replace(self, part: str, network: Any) -> None:
+        """Hold another network in the place of one, such as a trained one; `release` brings back the file's."""
+        self._networks[part] = network
+
     def release(self, *parts: str) -> None:
         """Free networks (all without arguments); they are read again when next used."""
         held = self._networks.keys() & (parts or self._networks.keys())

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from wan_jax.cli.recipes import read_recipe
 from wan_jax.config import MODELS, ModelSpec, find_model
 from wan_jax.errors import InputError, nearest
 
@@ -278,19 +279,9 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _recipe(path: str | None, names: Iterable[str]) -> dict[str, Any]:
     """What ``get_config()`` of a recipe returns, as options."""
-    import runpy
-
     if path is None:
         return {}
-    if not Path(path).is_file():
-        raise InputError(f"--config {path}: no such file; recipes are Python files, see configs/")
-    try:
-        recipe = runpy.run_path(path)
-    except ModuleNotFoundError as error:
-        raise InputError(f"{path}: {error}: pip install {error.name}") from error
-    if "get_config" not in recipe:
-        raise InputError(f"{path} is no recipe: it defines no get_config()")
-    config = recipe["get_config"]().to_dict()
+    config = read_recipe(path)
     if unknown := config.keys() - set(names):
         faults = (f"unknown setting {name!r}{nearest(name, names)}" for name in sorted(unknown))
         raise InputError(f"{path}: {'; '.join(faults)}")

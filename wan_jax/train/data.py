@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,10 @@ from wan_jax.errors import InputError
 from wan_jax.media import read_audio, read_video, resample, to_unit
 from wan_jax.model import Model
 from wan_jax.models.vae import to_uint8
-from wan_jax.nn.mel import mel_spectrogram
+from wan_jax.pipeline import encode
+from wan_jax.references import CONSENT, Reference, resolve_references
+from wan_jax.request import resolve
+from wan_jax.sound import encode_voices
 from wan_jax.weights.readers import open_checkpoint
 from wan_jax.weights.writers import write_safetensors
 
@@ -154,8 +157,7 @@ def encode_clip(model: Model, source: Source, to: Format) -> Sample:
     run = compiled("clip", lambda vae, video: vae.encode_stream(video))
     found = {"video": run(model.vae, jnp.asarray(to_unit(frames))[None])}
     if wave is not None:
-        run = compiled(f"voice {spec.sound.mel}", lambda vae, wave: vae.encode(mel_spectrogram(wave, spec.sound.mel)))
-        found["audio"] = run(model.audio_vae, jnp.asarray(wave)[None])
+        found["audio"] = encode_voices(model.audio_vae, [wave], spec.sound.mel)
     if spec.task in ("i2v", "flf2v"):
         known = [0, to.num_frames - 1][: 2 if spec.task == "flf2v" else 1]
         pictures = {i: jnp.asarray(to_unit(frames[i])) for i in known}
@@ -183,6 +185,23 @@ def full_caption(spec: ModelSpec, source: Source) -> str:
     return ovi_prompt(mark_speech(source.caption), spec.sound.caption)
 
 
+def encode_references(
+    model: Model, caption: str, pairs: Sequence[Pair], to: Format, *, consent: bool
+) -> Sample:
+    """The references of a clip as `generate` encodes them, each [R, ...]."""
+    if len({voice is None for _, voice in pairs}) > 1:
+        raise InputError(f"{pairs[0][0].parent}: of the references of one clip all have a voice, or none")
+    request = resolve(
+        model.spec, caption, size=(to.width, to.height), num_frames=to.num_frames, guidance_scale=1.0,
+        audio_guidance_scale=1.0, consent=CONSENT if consent else "",
+        references=resolve_references([Reference(image=look, voice=voice) for look, voice in pairs]),
+    )  # fmt: skip
+    condition = encode(model, request)
+    found = {f"{stream}_references": x for stream, x in condition.references.items()}
+    found |= {"identity": condition.identity_BRIC, "voice": condition.voice_BRTF}
+    return {name: np.asarray(x[0]) for name, x in found.items() if x is not None}
+
+
 class ClipFolder:
     """A feed of batches from a folder: see `wan_jax.train.loop.Feed`. The encoders run here, on what is not yet kept.
 
@@ -191,8 +210,8 @@ class ClipFolder:
 
     Args:
         folder: of the clips. cache: where encoded clips are kept, a file each, named by contents, model and format.
-        references: encodes the references of a clip, ``(model, caption, pairs, format) -> arrays``, each [R, ...] or
-            [K, C]; None for models without. A clip with fewer than another has zeros, as a dropped one.
+        consent: whether every person in the references agreed; needed where there are any and the model takes them. A
+            clip with fewer references than another has zeros, as a dropped one.
     Raises:
         InputError: no captions, or no clip that can be used, with the reasons.
     """
@@ -206,7 +225,7 @@ class ClipFolder:
         *,
         batch: int,
         seed: int = 0,
-        references: Callable[[Model, str, Sequence[Pair], Format], Sample] | None = None,
+        consent: bool = False,
     ):
         sources, self.skipped = find_clips(folder)
         self._cache, self._batch, self._seed = Path(cache), batch, seed
@@ -223,8 +242,8 @@ class ClipFolder:
         for source in new:
             try:
                 sample = {"text": texts[captions[source]]} | encode_clip(model, source, to)
-                if source.references and references is not None:
-                    sample |= references(model, source.caption, source.references, to)
+                if source.references and model.spec.takes_references:
+                    sample |= encode_references(model, source.caption, source.references, to, consent=consent)
                 write_safetensors(self._file(names[source]), sample)
             except InputError as error:
                 faults[source] = str(error)

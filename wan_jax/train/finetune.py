@@ -38,7 +38,7 @@ def finetune(
     *,
     resume: bool = False,
     minutes: float | None = None,
-    references: Callable[..., Any] | None = None,
+    consent: bool = False,
 ) -> Any:
     """Train until the recipe's end, a signal, or the end of the time; continue with ``resume``.
 
@@ -47,7 +47,7 @@ def finetune(
         settings: "trains" (a key of `TRAINS`); "recipe", "watch", "levels" and "dropout": fields of `Recipe`, `Watch`,
             `Levels` and `Dropout`; "rank", "targets" of the factors; "size" (width, height), "num_frames" of a clip;
             "first_frame": see `draw_examples`.
-        data: see `wan_jax.train.data`. references: see `ClipFolder`.
+        data: see `wan_jax.train.data`. consent: see `ClipFolder`.
         folder: takes the states, the metrics, ``clips/`` and the factors as ``lora.safetensors``.
     Returns:
         The averaged transformer of a finished run, to be exported; None for factors, and where training was stopped.
@@ -77,7 +77,7 @@ def finetune(
 
     with use_mesh(model.mesh):
         cache = folder / "clips"
-        feed = ClipFolder(data, model, cache, to, batch=recipe.batch, seed=recipe.seed, references=references)
+        feed = ClipFolder(data, model, cache, to, batch=recipe.batch, seed=recipe.seed, consent=consent)
 
     def draw(shared: Batch, own: Batch, key: jax.Array) -> Batch:
         return draw_examples(key, own | shared, levels, dropout, first_frame=first_frame)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -17,12 +16,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
 
 from wan_jax.checkpoint import abstract, flatten_params, unflatten_like
 from wan_jax.config import ModelSpec
+from wan_jax.conversion import write_compact
 from wan_jax.errors import InputError, nearest
 from wan_jax.model import build
 from wan_jax.models.audio_vae import AudioVAE
@@ -50,13 +49,12 @@ from wan_jax.train.puppet_feed import (
 from wan_jax.train.step import Flat, Recipe, Task, assemble
 from wan_jax.train.words import Words, write_tokenizer
 from wan_jax.weights.readers import open_checkpoint
-from wan_jax.weights.writers import write_safetensors, write_sharded_safetensors
+from wan_jax.weights.writers import write_safetensors
 
 log = logging.getLogger(__name__)
 Array = jax.Array
 
 STAGES = ("vae", "audio_vae", "vocoder", "twin")
-PIECE_BYTES = 14_500_000  # of a file of the exported weights
 MEASURED = 64  # clips that statistics are taken from
 LEVELS = (0.1, 0.5, 0.8, 0.97)  # noise levels at which the twin model is watched
 
@@ -117,7 +115,7 @@ def train_nano(
             finished = stage.finish(assemble(_in_float32(stage.task), state.ema, frozen))
             _write(weights, {part: finished[part] for part in finished if part not in done})
         done |= _read(weights, {part: x for part, x in stage.networks.items() if part not in done})
-    export(spec, done, folder / "tokenizer", folder / "export")
+    write_compact(spec, done, folder / "tokenizer", folder / "export")
     return True
 
 
@@ -139,19 +137,6 @@ def _write(path: Path, networks: dict[str, Any]) -> None:
 def _read(path: Path, like: dict[str, Any]) -> dict[str, Any]:
     with open_checkpoint(path) as source:
         return unflatten_like(like, {name: jnp.asarray(x.numpy()) for name, x in source.items()})
-
-
-def export(spec: ModelSpec, networks: dict[str, Any], tokenizer: Path, target: Path) -> None:
-    """All weights in bfloat16 under our names, in pieces, with the specification and the tokenizer beside them."""
-    target.mkdir(parents=True, exist_ok=True)
-    for old in target.glob("weights*"):
-        old.unlink()
-    flat = {name: np.asarray(x).astype(ml_dtypes.bfloat16) for name, x in flatten_params(networks).items()}
-    write_sharded_safetensors(target, "weights", flat, max_shard_bytes=PIECE_BYTES)
-    about = json.dumps({"spec": dataclasses.asdict(spec)}, indent=2) + "\n"
-    (target / "spec.json").write_text(about, encoding="utf-8")
-    (target / "tokenizer.json").write_text((tokenizer / "tokenizer.json").read_text("utf-8"), encoding="utf-8")
-    log.info("%s: %.1f MB", target, sum(x.nbytes for x in flat.values()) / 1e6)
 
 
 # ---- the stages --------------------------------------------------------------------------------------------
