@@ -40,6 +40,7 @@ setup(
         "video": ["av"],
         "faces": ["opencv-python-headless<5"],  # 5 comes without the cascades
         "c2pa": ["c2pa-python"],
+        "ray": ["ray"],
         "tpu": ["jax[tpu]"],
         "cuda13": ["jax[cuda13]"],
         "test": TEST,

@@ -15,16 +15,21 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.kind = "nano"
-    config.dtype = "bfloat16"  # of the twin model's products; the codecs are float32
-    config.watch = dict(log=50, save=1000, sample=500)
-    config.vae = dict(steps=6000, batch=8, learning_rate=2e-3, warmup=200, ema=0.999, b2=0.99, steps_per_call=10)
-    config.audio_vae = dict(steps=3000, batch=64, learning_rate=3e-3, warmup=100, ema=0.998, steps_per_call=10)
-    config.vocoder = dict(steps=3000, batch=16, learning_rate=1e-3, warmup=100, ema=0.998, b2=0.99, steps_per_call=10)
+    config.dtype = "float32"  # of the twin model's products; bfloat16 on accelerators
+    config.watch = dict(log=25, save=200, sample=500)
+    config.vae = dict(clips=512)
+    config.decoder = dict(
+        steps=3000, batch=4, optimizer="muon", learning_rate=1e-3, warmup=100, ema=0.99, pool=512, refresh=250
+    )
+    config.audio_vae = dict(steps=800, batch=16, optimizer="muon", learning_rate=3e-3, warmup=50, ema=0.99, b2=0.98)
+    config.vocoder = dict(
+        steps=800, batch=8, optimizer="muon", learning_rate=2e-3, warmup=50, ema=0.99, window=12_288
+    )
     config.twin = dict(
-        steps=10_000, batch=256, learning_rate=1e-3, warmup=300, b2=0.99, ema=0.9995, steps_per_call=5,
-        pool=16_384,  # clips that are encoded at once and drawn from
-        refresh=5_000,  # steps that a pool serves
-        kinds=("one", "one", "two", "one", "alone"),  # in turn of the calls
+        steps=3000, batch=16, optimizer="muon", learning_rate=2e-3, warmup=60, ema=0.998,
+        pool=1024,  # clips that are encoded at once and drawn from
+        refresh=500,  # steps that a pool serves
+        kinds=("one", "one", "two", "one", "one", "one", "alone", "one"),  # in turn of the calls
         unseen=64,
         first_frame=0.15,
         levels=dict(mean=0.4, std=0.9),

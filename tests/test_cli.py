@@ -316,7 +316,7 @@ def test_wrong_recipes(text, message, tiny_folder, capsys):
         ("t2v", "--segment none", "argument --segment: 'none': need a positive number of steps, or 'all'"),
         ("t2v", "--segment 0", "argument --segment: '0'"),
         ("t2v", "--num-steps x", "argument --num-steps: invalid int value: 'x'"),
-        ("t2v", "--solver unpic", "'unpic': use unipc, dpm++, euler, did you mean unipc?"),
+        ("t2v", "--solver unpic", "use unipc, dpm++, euler, distilled, rcm, rcm-ode, did you mean unipc?"),
         ("t2v", "--guidence-scale 3", "unknown option '--guidence-scale', did you mean --guidance-scale"),
         ("t2v", "cat", "unexpected 'cat': text with blanks needs quotes"),
         ("t2v", "--output clip.avi", "its suffix is none of .mp4"),

@@ -183,7 +183,7 @@ def test_what_is_refused(tiny_folder, model, capsys):
     with pytest.raises(InputError, match="7 clips: need 8"):
         run.check(model.spec, ["full"], 7)
     for arguments, said in (
-        (["--model", str(tiny_folder("wan2.6"))], "16 frames per second"),
+        (["--model", str(tiny_folder("wan2.6"))], "8 frames per second"),
         (["--model", "wan2.1-t2v-1.3b"], "cannot be scored on puppets"),
         (["--model", str(tiny_folder("wan2.6")), "--voice", "v.wav"], "belong to --clip"),
     ):

@@ -46,8 +46,11 @@ MAY_IMPORT = {
     "conditions": "config parallel nn models media sampling",
     "sound": "config nn models media references conditions sampling",
     "provenance": "wan_jax config ffmpeg media",
-    "pipeline": "wan_jax config parallel nn models model media request references conditions sound sampling resume"
-    " weights provenance",
+    "distributed": "wan_jax parallel",
+    "cache": "wan_jax",
+    "batch": "distributed",
+    "pipeline": "wan_jax config parallel distributed nn models model media request references conditions sound sampling"
+    " resume weights provenance",
     "work": "config models",
     "plan": "config parallel nn models checkpoint model request sound weights work",
     "aot": "config parallel nn models checkpoint model request conditions sound sampling pipeline plan",
@@ -57,8 +60,8 @@ MAY_IMPORT = {
     "evaluate": "config checkpoint model media request references conditions sound pipeline provenance parallel"
     " train.puppets",  # its truth
     "conversion": "config checkpoint models model weights",  # whole models, from layout to layout
-    "cli": "wan_jax config parallel media request references model pipeline plan aot provenance weights conversion"
-    " evaluate train",
+    "cli": "wan_jax config parallel distributed cache batch media request references model pipeline plan aot provenance"
+    " weights conversion evaluate train",
 }
 FOREIGN = {"torch", "transformers", "diffusers", "tensorflow", "convert", "configs", "benchmarks", "tests"}
 

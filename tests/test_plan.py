@@ -216,10 +216,8 @@ STEPS = [
     ("dreamid-omni", (1280, 704), 121, "batch", "h200", None, 30.58),
     ("wan2.6-r2av-11b", (1280, 704), 121, "sequential", "h200", None, 29.0),
     ("wan2.1-flf2v-14b-720p", SIZE_720P, 81, "batch", "h200", None, 45.4),
-    ("wan2.2-t2v-a14b", SIZE_720P, 81, "batch", "h200x8", {"fsdp": 8}, 10.21),
-    ("wan2.2-t2v-a14b", SIZE_720P, 81, "batch", "h200x8", {"data": 2, "seq": 4}, 31.98),
-    ("wan2.2-t2v-a14b", SIZE_720P, 81, "batch", "v6e-8", {"fsdp": 8}, 9.57),
-    ("wan2.2-t2v-a14b", SIZE_720P, 81, "batch", "v6e-8", {"data": 2, "fsdp": 4}, 10.92),
+    ("wan2.2-t2v-a14b", SIZE_720P, 81, "batch", "h200x8", {"fsdp": 8}, 7.09),
+    ("wan2.2-t2v-a14b", SIZE_720P, 81, "batch", "h200x8", {"data": 2, "seq": 4}, 31.16),
 ]
 
 

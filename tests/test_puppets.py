@@ -51,8 +51,9 @@ def test_a_clip_depends_on_its_plan_alone():
 def test_shapes_and_ranges():
     for people in (1, 2):
         _, made = clips(people)
-        assert made.video.shape == (COUNT, 33, 96, 96, 3) and made.video.dtype == np.uint8
-        assert made.pictures.shape == (COUNT, people, 96, 96, 3) and made.voices.shape == (COUNT, people, 16_000)
+        size = (world.SIZE, world.SIZE, 3)
+        assert made.video.shape == (COUNT, world.FRAMES, *size) and made.video.dtype == np.uint8
+        assert made.pictures.shape == (COUNT, people, *size) and made.voices.shape == (COUNT, people, 16_000)
         assert made.audio.shape[1] / voices.RATE == made.video.shape[1] / world.FPS
         assert 0.05 < np.abs(made.audio).max(axis=1).min() and np.abs(made.audio).max() < 0.9
 
@@ -72,11 +73,11 @@ def test_test_people_are_a_disjoint_region():
 
 
 def test_scripts_fit_the_clip():
-    draw = jax.jit(jax.vmap(lambda key: scripts.draw_script(key, 33 / 16, speakers=2)))
+    draw = jax.jit(jax.vmap(lambda key: scripts.draw_script(key, world.FRAMES / world.FPS, speakers=2)))
     script = jax.tree.map(np.asarray, draw(jax.random.split(jax.random.key(1), 2000)))
     on = script.on
     assert set(on.sum(1)) == {2, 3, 4} and (script.start[on] > 0.1).all()
-    assert ((script.start + script.length)[on] < 33 / 16).all()
+    assert ((script.start + script.length)[on] < world.FRAMES / world.FPS).all()
     gaps = script.start[:, 1:] - (script.start + script.length)[:, :-1]
     assert gaps[on[:, 1:]].min() > 0.089  # room for the consonant
     assert script.start[:, 0].std() > 0.08  # the text does not tell the timing
@@ -105,15 +106,15 @@ def test_truth_agrees_with_picture_and_sound():
     plans, made = clips(1)
     for k in range(COUNT):
         truth = one(made.truth, k)
-        heard = sounds.loudness(made.audio[k], 33)
+        heard = sounds.loudness(made.audio[k], world.FRAMES)
         assert np.corrcoef(heard, truth.loudness)[0, 1] > 0.97
         assert np.corrcoef(truth.opening[0], truth.loudness)[0, 1] > 0.75
         pixels = made.video[k].astype(np.float32) / 255
         is_mouth = np.linalg.norm(pixels - faces.MOUTH, axis=-1) < 0.02
         amount = is_mouth.sum(axis=(1, 2))
         assert amount[truth.opening[0] > 0.02].min() > 5 and amount[truth.opening[0] == 0].max() == 0
-        left, top, right, bottom = np.moveaxis(truth.mouth[0] * 96, -1, 0)
-        for t in range(33):
+        left, top, right, bottom = np.moveaxis(truth.mouth[0] * world.SIZE, -1, 0)
+        for t in range(world.FRAMES):
             rows, columns = np.nonzero(is_mouth[t])
             assert ((rows >= top[t] - 1) & (rows <= bottom[t])).all()
             assert ((columns >= left[t] - 1) & (columns <= right[t])).all()

@@ -265,6 +265,11 @@ def test_guidance_runs_no_pass_in_vain():
     np.testing.assert_allclose(weights["audio"], [4 + 2, 1 - 4, 0, -2])
     assert passes.keep["video"].tolist() == [1, 1, 0, 1] and passes.keep["audio"].tolist() == [1, 1, 1, 0]
     assert passes.skip_G.tolist() == [-1, 11, -1, -1] and passes.text["video"].ravel().tolist() == [0, 1, 0, 0]
+    assert passes.coupled_G.all()
+    passes, weights = guidance_passes(text, scale, sync=2.0)
+    np.testing.assert_allclose(weights["video"], [3 + 2, 1 - 3, -2])
+    np.testing.assert_allclose(weights["audio"], [4 + 2, 1 - 4, -2])
+    assert passes.coupled_G.tolist() == [True, True, False] and passes.text["audio"].ravel().tolist() == [0, 1, 0]
     assert [len(w["video"]) for _, w in (
         guidance_passes(text, scale), guidance_passes(text, scale, voice=2.0), guidance_passes(text, {}),
     )] == [2, 3, 1]  # fmt: skip
@@ -464,9 +469,9 @@ def test_small_model_from_its_export_to_a_clip(tmp_path):
     puppet = Reference(image=assets / "puppet.png", voice=assets / "puppet.wav")
     clip = wan_jax.generate(
         nano, 'character1 nods in front of a striped yellow wall and says "to gu".', references=[puppet],
-        i_have_consent=True, num_steps=1, progress=False,
+        i_have_consent=True, num_steps=1, sync_guidance=1.5, progress=False,
     )  # fmt: skip
-    assert clip.video.shape == (33, 96, 96, 3) and clip.audio.shape == (33_000,)
+    assert clip.video.shape == (17, 96, 96, 3) and clip.audio.shape == (34_000,)
     (folder / "spec.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"spec.json: not written by this program"):
         wan_jax.load(folder)

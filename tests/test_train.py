@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 from wan_jax.checkpoint import abstract, flatten_params, unflatten_like
-from wan_jax.config import CouplingConfig, DiTConfig, FusionConfig, IdentityConfig, VoiceConfig
+from wan_jax.config import NANO, CouplingConfig, DiTConfig, FusionConfig, IdentityConfig, VoiceConfig
 from wan_jax.errors import CheckpointError, InputError, NonFiniteError, WanError
 from wan_jax.models.dit import DiT
 from wan_jax.models.fusion import Fusion, FusionAttention, Meeting, moments
@@ -27,8 +27,10 @@ from wan_jax.parallel import make_mesh, use_mesh
 from wan_jax.train import snapshots
 from wan_jax.train.flow import Dropout, Levels, draw_examples, draw_levels, flow_loss
 from wan_jax.train.loop import Watch, fit
+from wan_jax.train.nano import train_nano
+from wan_jax.train.puppet_feed import CHUNK, ClipPool
 from wan_jax.train.snapshots import Snapshots
-from wan_jax.train.step import Recipe, Task, assemble, make_step, place, place_frozen, split, start
+from wan_jax.train.step import Recipe, Task, _matrices, assemble, make_step, place, place_frozen, split, start
 
 DIT = DiTConfig(dim=16, ffn_dim=16, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=8, text_len=3, freq_dim=8)
 FUSION = FusionConfig(
@@ -207,6 +209,45 @@ def test_moving_average_and_steps_in_one_call():
         np.testing.assert_allclose(a, b, atol=1e-5)
     with pytest.raises(InputError, match="multiple of steps_per_call=3, try 9"):
         recipe(steps_per_call=3)
+
+
+def test_muon_steps_are_orthogonal():
+    params, frozen = split(toy())
+    r = recipe(optimizer="muon", weight_decay=0.0, warmup=1, learning_rate=1.0)
+    step, state = make_step(toy_task(), r, start(r, params)), start(r, params)
+    for i in range(2):  # the first has a rate of zero
+        state, _ = step(state, frozen, None, jnp.arange(i, i + 1))
+    moved = np.asarray(state.params["vae.fc1.kernel"] - params["vae.fc1.kernel"])  # [3, 5]
+    sizes = np.linalg.svd(moved, compute_uv=False)
+    assert 0.6 < sizes.min() / sizes.max() and 0.05 < np.square(moved).mean() ** 0.5 < 0.4  # Adam's would be 1
+    assert np.abs(state.params["vae.fc1.bias"] - params["vae.fc1.bias"]).max() > 0.1
+    with pytest.raises(InputError, match="optimizer='sgd': use adamw or muon"):
+        recipe(optimizer="sgd")
+
+
+def test_muon_takes_layers_apart():
+    like = jax.eval_shape(lambda: Fusion(FUSION, rngs=nnx.Rngs(0)))
+    rows = {path: m.reduction_axis for path, m in _matrices(flatten_params({"dit": like})).items() if m is not None}
+    assert rows["dit.video.blocks.self_attn.q.kernel"] == (1,)  # [layers, in, out]
+    assert rows["dit.identity_adapter.resampler.layers.attn.q.kernel"] == (1,)
+    assert rows["dit.video.patch_embedding.kernel"] == (0,) and rows["dit.voice_adapter.conv1.kernel"] == (0, 1)
+
+
+def test_stages_of_the_small_model_one_by_one(tmp_path):
+    with pytest.raises(InputError, match="stage 'vocder': use .*vocoder"):
+        train_nano(NANO, {}, tmp_path, only="vocder")
+    with pytest.raises(InputError, match="vocoder builds on audio_vae, and .*weights.safetensors is not there"):
+        train_nano(NANO, {}, tmp_path, only="vocoder")
+
+
+def test_pool_of_clips_is_made_anew_in_time():
+    pool = ClipPool(lambda key: {"x": jax.random.uniform(key, (CHUNK,))}, size=2 * CHUNK, refresh=10, seed=3)
+    first, _ = pool(0, 1)
+    again, _ = pool(9, 1)
+    later, _ = pool(10, 1)
+    assert first["x"].shape == (2 * CHUNK,) and len(np.unique(first["x"])) == 2 * CHUNK
+    assert first is again and not np.isin(later["x"], first["x"]).any()
+    np.testing.assert_array_equal(pool(0, 1)[0]["x"], first["x"])
 
 
 def test_masters_are_float32_and_products_bfloat16():

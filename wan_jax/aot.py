@@ -26,7 +26,6 @@ from wan_jax.config import ModelSpec
 from wan_jax.errors import InputError, WanError
 from wan_jax.model import DTYPES, build
 from wan_jax.models.identity import voice_features
-from wan_jax.nn import attention
 from wan_jax.parallel import compiler_options, make_mesh, param_sharding, replicated, use_mesh
 from wan_jax.pipeline import latent_shape, make_velocity
 from wan_jax.plan import Device
@@ -116,8 +115,9 @@ def _sound_condition(spec: ModelSpec, request: Request, latents: dict[str, Any])
     scale = {"video": request.guidance_scale, "audio": sound.audio_guidance_scale}
     rows = {stream: np.zeros((2, 0)) for stream in latents}
     passes, weights = guidance_passes(
-        rows, scale, image=sound.image_guidance, voice=sound.voice_guidance, skip=spec.sound.skip_layer
-    )
+        rows, scale, image=sound.image_guidance, voice=sound.voice_guidance, sync=sound.sync_guidance,
+        skip=spec.sound.skip_layer,
+    )  # fmt: skip
     text = _array((len(passes.skip_G), cfg.text_len, cfg.text_dim))
     condition = SoundCondition(passes._replace(text=dict.fromkeys(latents, text)), weights)
     pin, token_time = _pin(spec, request, latents["video"]) if sound.video else (None, None)
@@ -147,22 +147,16 @@ def memory_here(
     if device.platform == "cpu":
         devices, options = jax.devices(), compiler_options()
     else:
-        # The door to attention looks at the backend of this process, which is a CPU; the device is another.
-        attention.SCORE_BYTES = {}
         devices = _topology(device)
         platforms = (device.platform,) if device.platform == "cuda" else None
-    mesh = make_mesh(axes, devices[: device.count]) if device.count > 1 else None
-    whole = replicated(mesh) if mesh else jax.sharding.SingleDeviceSharding(devices[0])
+    mesh = make_mesh(axes, devices[: device.count])  # of one device too: it says what the program is for
+    whole = replicated(mesh)
 
     def place(x: Any, sharding: Any = whole) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     network, *rest = arguments
-    flat = flatten_params(network)
-    if mesh:
-        placed = {path: place(x, param_sharding("dit", path, x.shape, mesh)) for path, x in flat.items()}
-    else:
-        placed = {path: place(x) for path, x in flat.items()}
+    placed = {path: place(x, param_sharding("dit", path, x.shape, mesh)) for path, x in flatten_params(network).items()}
     begin = time.perf_counter()
     with use_mesh(mesh):
         traced = jax.jit(run, donate_argnums=2).trace(unflatten_like(network, placed), *jax.tree.map(place, rest))

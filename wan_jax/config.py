@@ -95,15 +95,27 @@ LATENT_STD_22 = (
 class VAEConfig:
     """Causal video autoencoder. Source: ``wan/modules/vae.py`` (2.1) and ``wan/modules/vae2_2.py`` (2.2)."""
 
-    version: str = "2.1"  # "2.2" adds 2x2 patchify and the parameter-free stage shortcuts
+    version: str = "2.1"  # "2.2" adds the parameter-free stage shortcuts, and patches
     dim: int = 96
     dec_dim: int = 96
     z_dim: int = 16
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
+    spatial_downsample: tuple[bool, ...] | None = None  # None: between all stages
     latents_mean: tuple[float, ...] = LATENT_MEAN_21
     latents_std: tuple[float, ...] = LATENT_STD_21
+    patch: int | None = None  # side of the cells of pixels that become channels at first; None: as the version has it
+
+    @property
+    def patch_size(self) -> int:
+        return self.patch or (2 if self.version == "2.2" else 1)
+
+    @property
+    def resamplings(self) -> tuple[tuple[bool, bool], ...]:
+        """Whether the encoder halves time, and the picture, between its stages."""
+        spatial = self.spatial_downsample or (True,) * len(self.temporal_downsample)
+        return tuple(zip(self.temporal_downsample, spatial, strict=True))
 
     @property
     def temporal_stride(self) -> int:
@@ -111,7 +123,7 @@ class VAEConfig:
 
     @property
     def spatial_stride(self) -> int:
-        return 2 ** (len(self.dim_mult) - 1) * (2 if self.version == "2.2" else 1)
+        return 2 ** sum(spatial for _, spatial in self.resamplings) * self.patch_size
 
 
 @dataclass(frozen=True)
@@ -286,6 +298,7 @@ class SoundSpec:
     skip_layer: int | None = None  # block that the pass with the negative prompts leaves out
     image_guidance: float = 0.0  # by passes without the reference pictures, without the voices
     voice_guidance: float = 0.0
+    sync_guidance: float = 0.0  # by a pass whose streams do not hear each other, of a model with `CouplingConfig`
     caption: str = "audio"  # form of prompt, see `wan_jax.captions`: audcap, audio, structured
     area: int = 960 * 960  # pixels, of a clip whose aspect alone is given, or whose first picture
 
@@ -341,6 +354,12 @@ class ModelSpec:
     @cached_property
     def num_params(self) -> int:
         return self.num_experts * self.dit.num_params()
+
+    def distilled(self) -> ModelSpec:
+        """The model with the defaults of its step-distilled releases. Source: LightX2V ``configs/distill``."""
+        off = dict(guidance_scale=1.0, image_guidance=0.0, voice_guidance=0.0, sync_guidance=0.0)
+        sound = self.sound and replace(self.sound, **off)
+        return replace(self, num_steps=4, shift=5.0, shift_480p=None, guidance_scale=1.0, sound=sound)
 
     @property
     def takes_references(self) -> bool:
@@ -448,24 +467,26 @@ MODELS: dict[str, ModelSpec] = {
 NANO = ModelSpec(
     "wan2.6-nano", task="r2av", file="Wan2.6-Nano/model.safetensors",
     dit=FusionConfig(
-        dim=160, ffn_dim=320, num_heads=4, num_layers=6, in_dim=16, out_dim=16, text_dim=128, text_len=112,
-        freq_dim=128, audio_kernel=3, audio_rope_scale=0.140625, coupling=CouplingConfig(),
+        dim=128, ffn_dim=256, num_heads=4, num_layers=4, in_dim=64, out_dim=64, patch_size=(1, 1, 1), text_dim=128,
+        text_len=112, freq_dim=128, audio_kernel=3, audio_rope_scale=0.064, coupling=CouplingConfig(fps=8.0),
         identity=IdentityConfig(feature_dim=96, dim=128, num_tokens=16, num_layers=1, num_heads=4, max_references=2),
         voice=VoiceConfig(dim=128, num_tokens=16, num_layers=1, num_heads=4, max_references=2, seconds=1.0),
     ),
     vae=VAEConfig(
-        version="2.2", dim=32, dec_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True)
+        version="2.2", patch=16, dim=72, dec_dim=72, z_dim=64, dim_mult=(1, 1, 1), num_res_blocks=0,
+        temporal_downsample=(True, True), spatial_downsample=(False, False), latents_mean=(0.0,) * 64,
+        latents_std=(1.0,) * 64,
     ),
     text=UMT5Config(vocab_size=192, dim=128, dim_attn=128, dim_ffn=256, num_heads=4, num_layers=2),
     clip=CLIPConfig(image_size=96, patch_size=12, dim=96, mlp_dim=384, num_heads=3, num_layers=3, out_dim=0),
     sound=SoundSpec(
         vae=AudioVAEConfig(dim=48, dim_mult=(1, 2), num_res_blocks=1),
         vocoder=VocoderConfig(
-            dim=128, rates=(8, 8, 4), kernels=(16, 16, 8), res_kernels=(3, 7), res_dilations=((1, 3, 5),) * 2
+            dim=128, rates=(8, 8, 4), kernels=(16, 16, 8), res_kernels=(5,), res_dilations=((1, 3, 9),)
         ),
-        num_latents=64, guidance_scale=2.0, negative_prompt="", caption="structured",
+        num_latents=66, guidance_scale=2.0, negative_prompt="", caption="structured",
     ),
-    sizes=((96, 96),), num_steps=20, shift=1.0, guidance_scale=2.0, num_frames=33, fps=16, negative_prompt="",
+    sizes=((96, 96),), num_steps=20, shift=1.0, guidance_scale=2.0, num_frames=17, fps=8, negative_prompt="",
 )  # fmt: skip
 MODELS[NANO.name] = NANO
 

@@ -135,11 +135,15 @@ def _spec(shape: Sequence[int], axes: Sequence[Any], sizes: Mapping[str, int]) -
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Fix how an activation lies on the current mesh, one letter of `ACTIVATION_AXES` (or None) per dimension."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
-    spec = _spec(x.shape, [ACTIVATION_AXES[a] for a in axes], dict(mesh.shape))
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, *axes))
+
+
+def activation_spec(shape: Sequence[int], *axes: str | None) -> PartitionSpec:
+    """How an activation of this shape lies on the current mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return _spec(shape, [ACTIVATION_AXES[a] for a in axes], dict(mesh.shape))
 
 
 def param_sharding(network: str, path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:

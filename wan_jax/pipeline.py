@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from wan_jax.conditions import (
     video_condition,
 )
 from wan_jax.config import ModelSpec
+from wan_jax.distributed import fetch
 from wan_jax.errors import InputError, OutOfMemoryError
 from wan_jax.media import Clip, read_image
 from wan_jax.model import Model
@@ -38,9 +40,8 @@ from wan_jax.provenance import RECORD, mark
 from wan_jax.references import CONSENT, Reference, letterbox, resolve_references
 from wan_jax.request import Request, SoundRequest, array_hash, resolve
 from wan_jax.resume import Resume
-from wan_jax.sampling.guidance import classifier_free, expert_steps, guided
+from wan_jax.sampling.guidance import classifier_free, expert_steps, guided, phases
 from wan_jax.sampling.sampler import Progress, Velocity, make_steps, sample, start
-from wan_jax.sampling.schedule import make_schedule
 from wan_jax.sampling.solvers import State
 from wan_jax.sound import (
     SoundCondition,
@@ -57,6 +58,7 @@ from wan_jax.weights.layouts import spec_parts
 
 Array = jax.Array
 DECODING = ("fps", "tiled")  # settings that a run may change between sampling and decoding, when memory was short
+PROMPTS_KEPT = 16  # features of earlier prompts, 4 MB each: a batch has thousands
 
 
 @functools.cache
@@ -81,8 +83,6 @@ def dit_velocity(guidance: str) -> Velocity:
                 token_time=condition.token_time,
             )
 
-        if guidance == "none":
-            return guided(network, latents, timestep, jnp.ones(1), condition.text_GSC[:1], guidance)
         return guided(network, latents, timestep, classifier_free(scale), condition.text_GSC, guidance)
 
     return velocity
@@ -149,8 +149,9 @@ def _encode_with_sound(model: Model, request: Request, sound: SoundRequest) -> S
     features = _text_features(model, texts)
     text = {s: features[jnp.asarray([0, i] if guided else [0])] for i, s in enumerate(shape, 1)}
     passes, weights = guidance_passes(
-        text, scale, image=sound.image_guidance, voice=sound.voice_guidance, skip=spec.sound.skip_layer
-    )
+        text, scale, image=sound.image_guidance, voice=sound.voice_guidance, sync=sound.sync_guidance,
+        skip=spec.sound.skip_layer,
+    )  # fmt: skip
     condition = SoundCondition(passes, weights)
     if request.image is not None and sound.video:
         picture = fit_picture(request.image, request.height, request.width)
@@ -184,7 +185,10 @@ def _text_features(model: Model, prompts: Sequence[str]) -> Array:
         features = encode_text(model.text_encoder, ids, mask)
         model.prompt_cache.update((p, features[i : i + 1]) for i, p in enumerate(missing))
         _free(model, "text_encoder")
-    return jnp.concatenate([model.prompt_cache[p] for p in prompts])
+    features = {p: model.prompt_cache.pop(p) for p in dict.fromkeys(prompts)}
+    kept = list(model.prompt_cache.items())[-PROMPTS_KEPT:]
+    model.prompt_cache = dict(kept) | features  # the latest last
+    return jnp.concatenate([features[p] for p in prompts])
 
 
 def _free(model: Model, *parts: str) -> None:
@@ -210,22 +214,26 @@ def denoise(
     Returns:
         Final latents per noise, of its shape.
     """
-    schedule = make_schedule(request.solver, request.num_steps, request.shift)
-    high = expert_steps(schedule.timesteps, model.spec.boundary)
-    velocity, guidance = make_velocity(model.spec, request, condition, schedule.timesteps, high)
-    steps = make_steps(request.solver, schedule, guidance)
-    states = states or {}
-    runs = [states[i] if i in states else (0, start(x, condition.pin)) for i, x in enumerate(noises)]
-    for part, stop in (("dit", high), ("dit_low", request.num_steps)):
-        if all(done >= stop for done, _ in runs):
+    spec, schedule, states = model.spec, request.schedule(), states or {}
+    high = expert_steps(schedule.timesteps, spec.boundary)
+    runs = [
+        states[i] if i in states else (0, start(x, condition.pin, schedule.noise_scale)) for i, x in enumerate(noises)
+    ]
+    every = phases(schedule, spec.boundary, request.guidance, request.guidance_interval)
+    for part, high_noise in (("dit", True), ("dit_low", False)):
+        ours = [phase for phase in every if phase.high_noise == high_noise]
+        if all(done >= phase.stop for done, _ in runs for phase in ours):
             continue
         args = (model.network(part), condition)
-        for i, (done, state) in enumerate(runs):
+        for i, phase in itertools.product(range(len(runs)), ours):
+            (done, state), now = runs[i], replace(request, guidance=phase.mode)
+            velocity, guidance = make_velocity(spec, now, condition, schedule.timesteps, high)
             state = sample(
-                velocity, args, state, steps, first=done, last=max(stop, done), pin=condition.pin, segment=segment,
+                velocity, args, state, make_steps(request.solver, schedule, guidance, request.seeds[i]),
+                first=done, last=max(phase.stop, done), pin=condition.pin, segment=segment,
                 callback=functools.partial(callback, i) if callback else None,
             )  # fmt: skip
-            runs[i] = (max(stop, done), state)
+            runs[i] = (max(phase.stop, done), state)
         del args
         _free(model, part)
     return [state.sample for _, state in runs]
@@ -261,7 +269,7 @@ def decode(model: Model, request: Request, latents: Any, settings: dict[str, Any
 
 def decode_video(model: Model, latents: Array, *, tiled: bool = False) -> np.ndarray:
     """Video uint8 [T, H, W, 3] of latents [1, t, h, w, z]; frames become uint8 on the device, one chunk at a time."""
-    return np.asarray(_decoder(tiled)(model.vae, latents)[0])
+    return fetch(_decoder(tiled)(model.vae, latents))[0]
 
 
 @functools.cache
@@ -308,10 +316,12 @@ def run(
     """One `Request` to one clip per seed. See `generate`.
 
     Args:
-        noises: per clip, in place of the seeds' noise; shapes as in `latent_shape`.
+        noises: per clip, in place of the seeds' first noise; shapes as in `latent_shape`.
         finish: takes the clips while the saved state still exists, so that a failure to write them loses nothing.
     """
     model.files.require(*spec_parts(model.spec), "tokenizer")
+    if jax.process_count() > 1:
+        resume_file = None  # each process holds a part of the state, and they stop at different steps
     stages = stages or Stages(progress)
     given = noises or [None] * len(request.seeds)
     described = [settings(model, request, seed, x) for seed, x in zip(request.seeds, given, strict=True)]
@@ -433,9 +443,9 @@ def generate(
         watermark: mark picture and sound as generated, see `wan_jax.provenance`. False is recorded in the settings.
         watermark_key: a secret; by default the public key, with which anyone can verify.
         badge: also write "AI" into a corner of the picture.
-        options: ``negative_prompt, size, aspect, num_frames, fps, num_steps, shift, guidance_scale, solver, guidance,
-            tiled`` of `wan_jax.request.resolve`, and those of `wan_jax.request.resolve_sound` for models with sound;
-            defaults are the model's official ones.
+        options: ``negative_prompt, size, aspect, num_frames, fps, num_steps, shift, sigma_max, guidance_scale,
+            guidance_interval, solver, guidance, tiled`` of `wan_jax.request.resolve`, and those of
+            `wan_jax.request.resolve_sound` for models with sound; defaults are the model's official ones.
     Returns:
         A `Clip`, or a list of them for several seeds.
     Raises:

@@ -156,19 +156,21 @@ def _share(size: int, axis: str, axes: Mapping[str, int]) -> int:
     return size
 
 
-def step_bytes(cfg: DiTConfig, tokens: int, batch: int, itemsize: int, axes: Mapping[str, int]) -> float:
+def step_bytes(cfg: DiTConfig, tokens: int, batch: int, itemsize: int, axes: Mapping[str, int], platform: str) -> float:
     """Temporary memory of one forward on one device.
 
     The larger of two moments: in the MLP the stream before and after the cross-attention (float32) beside the input
-    and the hidden layer; in self-attention the stream beside queries, keys, values and the scores of one chunk, and on
-    several devices the keys and values of all of them, in rows and in heads.
+    and the hidden layer; in self-attention the stream beside queries, keys and values, what several devices trade of
+    them, and the scores of one chunk where no kernel of ``nn/kernels.py`` keeps them to itself.
     """
     d, size = cfg.dim, itemsize
-    batch, local = _share(batch, "B", axes), _share(tokens, "L", axes)
-    rows = batch * local
+    devices = axes.get("fsdp", 1) * axes.get("seq", 1)
+    rows = _share(batch, "B", axes) * -(-tokens // devices)
     mlp = rows * ((2 * 4 + size) * d + size * cfg.ffn_dim)
-    gathered = batch * tokens * 3 * size * d if local < tokens else 0
-    attention = rows * (4 + 4 * size) * d + gathered + (1 + size / 4) * SCORE_BYTES_ACCELERATOR
+    traded = rows * 4 * size * d if devices > 1 else 0
+    kernel = size == 2 and platform in ("cuda", "tpu")
+    scores = 0 if kernel else (1 + size / 4) * SCORE_BYTES_ACCELERATOR
+    attention = rows * (4 + 4 * size) * d + traded + scores
     matrices = size * d * cfg.ffn_dim
     if axes.get("fsdp", 1) > 1:  # the weights of one block, whole
         matrices = size * (8 * d**2 + 2 * d * cfg.ffn_dim)
@@ -262,7 +264,10 @@ class Plan:
         sound = self.request.sound
         if sound is None:
             return 1 + self._negatives
-        extra = self._negatives, sound.image_guidance and sound.video, sound.voice_guidance and sound.audio
+        extra = (
+            self._negatives, sound.image_guidance and sound.video, sound.voice_guidance and sound.audio,
+            sound.sync_guidance and sound.video and sound.audio,
+        )  # fmt: skip
         return 1 + sum(map(bool, extra))
 
     @property
@@ -319,7 +324,7 @@ class Plan:
 
     def _denoise(self) -> Stage:
         cfg, batch, size = self.spec.dit, self.passes if self.request.guidance == "batch" else 1, self._itemsize
-        activations = step_bytes(cfg, sum(self.tokens.values()), batch, size, self.axes)
+        activations = step_bytes(cfg, sum(self.tokens.values()), batch, size, self.axes, self.device.platform)
         if batch < self.passes:
             activations += stem_bytes(cfg, size)
         text = (1 + isinstance(cfg, FusionConfig)) * self.passes * 4 * cfg.text_len * cfg.text_dim

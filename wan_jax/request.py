@@ -20,7 +20,7 @@ from wan_jax.captions import mark_speech, ovi_prompt, structured_caption
 from wan_jax.config import MODELS, ModelSpec
 from wan_jax.errors import InputError
 from wan_jax.sampling.guidance import check_mode
-from wan_jax.sampling.schedule import make_schedule
+from wan_jax.sampling.schedule import FEW_STEPS, RCM, Schedule, make_schedule
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class SoundRequest:
     audio_guidance_scale: float
     image_guidance: float
     voice_guidance: float
+    sync_guidance: float
     references: tuple[Any, ...]
     clean_voice: bool
     consent: str
@@ -63,7 +64,8 @@ class Request:
     """One resolved generation. Built by `resolve`; `settings` is what is embedded in the file.
 
     ``guidance_scale`` is (low noise, high noise) for two experts. ``width`` and ``height`` are the size of the video;
-    ``size`` is what was asked for, of which a picture takes the area alone.
+    ``size`` is what was asked for, of which a picture takes the area alone. rCM has a ``sigma_max`` and no ``shift``,
+    the other solvers a ``shift`` and no ``sigma_max``.
     """
 
     model: str
@@ -76,8 +78,10 @@ class Request:
     num_frames: int
     fps: float
     num_steps: int
-    shift: float
+    shift: float | None
+    sigma_max: float | None
     guidance_scale: float | tuple[float, float]
+    guidance_interval: tuple[float, float]
     solver: str
     guidance: str
     tiled: bool
@@ -98,6 +102,10 @@ class Request:
             if picture is not None:
                 values[f"{name}_sha256"] = array_hash(picture)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def schedule(self) -> Schedule:
+        options = {} if self.sigma_max is None else {"sigma_max": self.sigma_max}
+        return make_schedule(self.solver, self.num_steps, self.shift, **options)
 
     def guidance_per_step(self, timesteps: np.ndarray, high_steps: int) -> np.ndarray:
         """The scale of every step: the official tuple is (low, high), the high-noise expert comes first."""
@@ -125,7 +133,9 @@ def resolve(
     fps: float | None = None,
     num_steps: int | None = None,
     shift: float | None = None,
+    sigma_max: float | None = None,
     guidance_scale: float | Sequence[float] | None = None,
+    guidance_interval: Sequence[float] | None = None,
     solver: str = "unipc",
     guidance: str = "batch",
     tiled: bool = False,
@@ -140,6 +150,11 @@ def resolve(
         aspect: "16:9", instead of ``size``.
         num_frames: 4n + 1; 1 makes a picture.
         fps: 0.1 to 240, of the file; the models know one rate only.
+        sigma_max: of rCM: noise over clean at the start; default 80, with a picture 200. More gives less variety.
+        guidance_interval: (low, high) noise levels, default (0, 1). Steps at others run the prompt's pass alone.
+        solver: "unipc", "dpm++", "euler"; for models and adapters that were distilled to a few steps "distilled"
+            (lightx2v and its kin), "rcm" and its deterministic form "rcm-ode" (TurboDiffusion). With these the defaults
+            are four steps, shift 5 and no guidance.
         guidance: "batch" or "sequential" (the prompt and the negative prompt one after the other: less memory).
             A guidance scale of 1 needs no negative prompt and runs one pass.
         tiled: decode in tiles of the picture, for frames that do not fit; differs slightly, see `VAE.decode_tiled`.
@@ -147,6 +162,9 @@ def resolve(
     Raises:
         InputError: says what was got, what is needed, and the nearest valid value.
     """
+    solver = _typed("solver", solver, str, "unipc")
+    if solver in FEW_STEPS:
+        spec = spec.distilled()
     prompt = _typed("prompt", prompt, str, "")
     if not prompt.strip():
         raise InputError("the prompt is empty: describe the scene, for example 'a cat surfing a wave at sunset'")
@@ -174,10 +192,21 @@ def resolve(
         heard = None
     asked, (width, height) = _size(spec, size, aspect, image)
     official = spec.shift_480p if spec.shift_480p and width * height <= AREA_480P else spec.shift
-    shift = _typed("shift", shift, float, official)
     num_steps = _typed("num_steps", num_steps, int, spec.num_steps)
-    make_schedule(_typed("solver", solver, str, "unipc"), num_steps, shift)  # raises, naming the value
+    if solver in RCM:
+        if shift is not None:
+            raise InputError(f"shift={shift}: {solver} has none; where it starts is sigma_max")
+        sigma_max = _typed("sigma_max", sigma_max, float, 80.0 if image is None else 200.0)
+        make_schedule(solver, num_steps, None, sigma_max=sigma_max)
+    else:
+        if sigma_max is not None:
+            raise InputError(f"sigma_max={sigma_max}: belongs to {' and '.join(RCM)}; {solver} takes shift")
+        shift = _typed("shift", shift, float, official)
+        make_schedule(solver, num_steps, shift)  # raises, naming the value
     scale = _guidance_scale(spec, guidance_scale)
+    interval = _guidance_interval((0.0, 1.0) if guidance_interval is None else guidance_interval)
+    if solver in FEW_STEPS and scale not in (1.0, (1.0, 1.0)):
+        log.warning("models for solver %s need no guidance: a scale of 1 runs one pass per step", solver)
     guidance = check_mode(_typed("guidance", guidance, str, "batch"))
     seeds = tuple(_typed("seed", s, int) for s in (seed if _is_sequence(seed) else (seed,)))
     for s in seeds:
@@ -200,7 +229,9 @@ def resolve(
         fps=fps,
         num_steps=num_steps,
         shift=shift,
+        sigma_max=sigma_max,
         guidance_scale=scale,
+        guidance_interval=interval,
         solver=solver,
         guidance="none" if scale in (1.0, (1.0, 1.0)) and not heard else guidance,
         tiled=_typed("tiled", tiled, bool, False),
@@ -224,6 +255,7 @@ def resolve_sound(
     audio_guidance_scale: float | None = None,
     image_guidance: float | None = None,
     voice_guidance: float | None = None,
+    sync_guidance: float | None = None,
     clean_voice: bool = False,
 ) -> SoundRequest:
     """The part of a request that only models with sound have.
@@ -234,9 +266,16 @@ def resolve_sound(
         audio, video: False for a clip without sound, for sound alone.
         audio_negative_prompt, audio_guidance_scale: of the sound, as the others are of the picture.
         image_guidance, voice_guidance: how far to lead away from a clip without the pictures, without the voices.
+        sync_guidance: how far to lead away from a clip whose picture and sound do not hear each other.
         clean_voice: whether the voices were cleaned; only recorded.
     """
     known, references = spec.sound, tuple(references)
+    if sync_guidance and spec.dit.coupling is None:
+        takers = ", ".join(s.name for s in MODELS.values() if s.sound and s.dit.coupling)
+        raise InputError(
+            f"{spec.name} never ran without its streams' attention to each other, as sync_guidance needs: leave it out,"
+            f" or use {takers}"
+        )
     if references and not spec.takes_references:
         takers = ", ".join(s.name for s in MODELS.values() if s.takes_references)
         raise InputError(f"{spec.name} takes no references; use {takers}, or give a first picture as image= (--image)")
@@ -267,6 +306,7 @@ def resolve_sound(
         audio_guidance_scale=_typed("audio_guidance_scale", audio_guidance_scale, float, known.guidance_scale),
         image_guidance=_typed("image_guidance", image_guidance, float, known.image_guidance) if references else 0.0,
         voice_guidance=_typed("voice_guidance", voice_guidance, float, known.voice_guidance) if references else 0.0,
+        sync_guidance=_typed("sync_guidance", sync_guidance, float, known.sync_guidance),
         references=references,
         clean_voice=_typed("clean_voice", clean_voice, bool),
         consent=consent if references else "",
@@ -318,6 +358,13 @@ def _guidance_scale(spec: ModelSpec, scale: Any) -> float | tuple[float, float]:
         wanted = "one number, or two: (low, high)" if spec.num_experts == 2 else "one number"
         raise InputError(f"guidance_scale={scale}: {spec.name} takes {wanted}")
     return values  # type: ignore[return-value]
+
+
+def _guidance_interval(interval: Any) -> tuple[float, float]:
+    values = tuple(_typed("guidance_interval", x, float) for x in (interval if _is_sequence(interval) else (interval,)))
+    if len(values) != 2 or not 0 <= values[0] < values[1] <= 1:
+        raise InputError(f"guidance_interval={interval}: need two noise levels, 0 <= low < high <= 1, such as 0.2 0.9")
+    return values
 
 
 def parse_size(size: Any) -> tuple[int, int]:
@@ -436,9 +483,9 @@ def ovi_first_frame_size(height: int, width: int, area: int) -> tuple[int, int]:
 def from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `resolve` out of settings embedded in a file. Nothing that names a path is taken from there."""
     known = (
-        "prompt", "negative_prompt", "size", "num_frames", "fps", "num_steps", "shift", "guidance_scale", "solver",
-        "guidance", "tiled", "seed", "audio", "video", "audio_negative_prompt", "audio_guidance_scale",
-        "image_guidance", "voice_guidance", "clean_voice",
+        "prompt", "negative_prompt", "size", "num_frames", "fps", "num_steps", "shift", "sigma_max", "guidance_scale",
+        "guidance_interval", "solver", "guidance", "tiled", "seed", "audio", "video", "audio_negative_prompt",
+        "audio_guidance_scale", "image_guidance", "voice_guidance", "sync_guidance", "clean_voice",
     )  # fmt: skip
     kwargs = {name: settings[name] for name in known if name in settings}
     if kwargs.get("guidance") == "none":  # follows from the scale

@@ -34,11 +34,13 @@ class Passes(NamedTuple):
     text: per stream [G, S, C], features with zero rows up to the text length.
     keep: per stream [G], 1 or 0: whether that stream's references are shown.
     skip_G: int, a block that is left out, or -1.
+    coupled_G: bool, whether the streams hear each other.
     """
 
     text: dict[str, Array]
     keep: dict[str, Array]
     skip_G: Array
+    coupled_G: Array
 
 
 class SoundCondition(NamedTuple):
@@ -60,29 +62,46 @@ class SoundCondition(NamedTuple):
 
 
 def guidance_passes(
-    text: dict[str, Array], scale: dict[str, float], *, image: float = 0.0, voice: float = 0.0, skip: int | None = None
+    text: dict[str, Array],
+    scale: dict[str, float],
+    *,
+    image: float = 0.0,
+    voice: float = 0.0,
+    sync: float = 0.0,
+    skip: int | None = None,
 ) -> tuple[Passes, dict[str, np.ndarray]]:
     """The passes that a guidance needs, and the weights of their sum.
 
-    With P the prompt, N the negative prompt, I and A the prompt without the pictures and without the voices:
-    ``N + scale (P - N) + image (P - I)`` for the video, ``N + scale (P - N) + voice (P - A)`` for the audio. A pass
-    whose factors are all zero is left out.
+    With P the prompt, N the negative prompt, I and A the prompt without the pictures and without the voices, and D the
+    prompt with streams that are deaf to each other: ``N + scale (P - N) + image (P - I) + sync (P - D)`` for the video,
+    ``N + scale (P - N) + voice (P - A) + sync (P - D)`` for the audio. A pass whose factors are all zero is left out.
 
     Args:
         text: per stream [2, S, C], prompt and negative prompt; a single row suffices where every scale is 1.
         scale: per stream, of the text.
-        image, voice: of the references.
+        image, voice: of the references. sync: for a model whose streams were trained to do without each other.
         skip: block that N leaves out, so that guidance also leads away from a weaker model (Ovi).
     Returns:
         The passes, and per stream the weights [G] float32.
     """
     factors = {"video": (scale.get("video", 1.0), image, 0.0), "audio": (scale.get("audio", 1.0), 0.0, voice)}
-    weights = {s: np.array([c + i + v, 1 - c, -i, -v], np.float32) for s, (c, i, v) in factors.items() if s in text}
-    used = [0] + [g for g in (1, 2, 3) if any(w[g] for w in weights.values())]
-    table = np.array([[0, 1, 1, -1], [1, 1, 1, -1 if skip is None else skip], [0, 0, 1, -1], [0, 1, 0, -1]])[used]
-    rows, keep_video, keep_audio, skips = table.T
+    factors = {stream: f for stream, f in factors.items() if stream in text}
+    sync = sync if len(factors) == 2 else 0.0
+    weights = {s: np.array([c + i + v + sync, 1 - c, -i, -v, -sync], np.float32) for s, (c, i, v) in factors.items()}
+    used = [0] + [g for g in (1, 2, 3, 4) if any(w[g] for w in weights.values())]
+    table = np.array(  # row of the text, pictures, voices, block left out, coupled
+        [
+            [0, 1, 1, -1, 1],
+            [1, 1, 1, -1 if skip is None else skip, 1],
+            [0, 0, 1, -1, 1],
+            [0, 1, 0, -1, 1],
+            [0, 1, 1, -1, 0],
+        ]
+    )[used]
+    rows, keep_video, keep_audio, skips, coupled = table.T
     keep = {"video": jnp.asarray(keep_video, jnp.float32), "audio": jnp.asarray(keep_audio, jnp.float32)}
-    passes = Passes({s: x[rows] for s, x in text.items()}, keep, jnp.asarray(skips, jnp.int32))
+    texts = {s: x[rows] for s, x in text.items()}
+    passes = Passes(texts, keep, jnp.asarray(skips, jnp.int32), jnp.asarray(coupled, bool))
     return passes, {s: w[used] for s, w in weights.items()}
 
 
@@ -124,6 +143,7 @@ def fusion_velocity(
                 token_time=token_time,
                 identity_BRIC=None if identity is None else shown("video", identity),
                 voice_BRTF=None if voice is None else shown("audio", voice),
+                coupled_B=passes.coupled_G if fusion.cfg.coupling else None,
                 skip_B=passes.skip_G,
             )
             return {stream: out[stream][:, : x.shape[1]] for stream, x in latents.items()}

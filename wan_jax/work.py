@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 from wan_jax.config import DiTConfig, FusionConfig, UMT5Config, VAEConfig
-from wan_jax.models.vae import decoder_widths, encoder_widths, patch_size
+from wan_jax.models.vae import decoder_widths, encoder_widths
 
 
 class Work(NamedTuple):
@@ -123,14 +123,14 @@ class Convolutions:
 
 def vae_encode(cfg: VAEConfig, height: int, width: int, frames: int) -> Convolutions:
     """Pixels, video frames."""
-    widths, patch = encoder_widths(cfg), patch_size(cfg)
+    widths, patch = encoder_widths(cfg), cfg.patch_size
     walk, area = Convolutions(min(frames, cfg.temporal_stride)), height // patch * (width // patch)
     walk.conv(3 * patch**2, widths[0][0], 3, 3, frames, area)
-    for (d_in, d_out), temporal in zip(widths, (*cfg.temporal_downsample, None), strict=True):
+    for (d_in, d_out), (temporal, spatial) in zip(widths, (*cfg.resamplings, (False, False)), strict=True):
         for i in range(cfg.num_res_blocks):
             walk.block(d_out if i else d_in, d_out, frames, area)
-        if temporal is not None:
-            area //= 4
+        if temporal or spatial:
+            area //= 4 if spatial else 1
             walk.conv(d_out, d_out, 1, 3, frames, area)
         if temporal:
             frames = (frames - 1) // 2 + 1
@@ -150,17 +150,17 @@ def vae_decode(cfg: VAEConfig, height: int, width: int, frames: int) -> Convolut
     walk.conv(cfg.z_dim, cfg.z_dim, 1, 1, frames, area)
     walk.conv(cfg.z_dim, widths[0][0], 3, 3, frames, area)
     walk.middle(widths[0][0], frames, area)
-    ups = (*reversed(cfg.temporal_downsample), None)
-    for k, ((d_in, d_out), temporal) in enumerate(zip(widths, ups, strict=True)):
+    ups = (*cfg.resamplings[::-1], (False, False))
+    for k, ((d_in, d_out), (temporal, spatial)) in enumerate(zip(widths, ups, strict=True)):
         for i in range(cfg.num_res_blocks + 1):
             walk.block(d_out if i else d_in, d_out, frames, area)
         if temporal:
             walk.conv(d_out, 2 * d_out, 3, 1, frames - 1, area)
             frames = 2 * frames - 1  # the first is not doubled
             walk.chunk *= 2
-        if temporal is not None:
-            area *= 4
+        if temporal or spatial:
+            area *= 4 if spatial else 1
             above = widths[k + 1][0]
             walk.conv(d_out, above, 1, 3, frames, area, beside=above if cfg.version == "2.2" else 0)  # the shortcut
-    walk.conv(d_out, 3 * patch_size(cfg) ** 2, 3, 3, frames, area)
+    walk.conv(d_out, 3 * cfg.patch_size**2, 3, 3, frames, area)
     return walk

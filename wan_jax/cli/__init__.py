@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from wan_jax import __version__
+from wan_jax.cli.start import add_options, start
 from wan_jax.errors import InputError, OutOfMemoryError, WanError, nearest
 
 # One module per command, each with ``add_parser(subparsers)`` and ``run(args) -> int``.
-COMMANDS = ("generate", "plan", "evaluate", "models", "download", "convert", "verify", "train")
+COMMANDS = ("generate", "batch", "plan", "evaluate", "models", "download", "convert", "verify", "train")
+# Those that run a model: their programs are kept on disk, and some of them run on several hosts at once.
+RUNNERS = {"generate": True, "batch": True, "evaluate": False, "train": False}
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,17 +48,24 @@ def make_parser() -> Parser:
     for name in COMMANDS:
         module = importlib.import_module(f"wan_jax.cli.{name}")
         command = module.add_parser(subparsers)
+        if name in RUNNERS:
+            add_options(command, hosts=RUNNERS[name])
         command.set_defaults(run=module.run, parser=command)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
+    return run_command(make_parser().parse_args(argv))
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """One parsed command line, with its errors told in one line."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING if getattr(args, "quiet", False) else logging.INFO)
     for noisy in ("jax", "absl", "orbax", "httpx", "httpcore", "huggingface_hub", "filelock", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        return args.run(args)
+        code = start(args)
+        return args.run(args) if code is None else code
     except KeyboardInterrupt:
         print("wan-jax: interrupted", file=sys.stderr)
         return 130

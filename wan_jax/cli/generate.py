@@ -7,14 +7,19 @@ import functools
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wan_jax.cli.recipes import read_recipe
+from wan_jax.cli.start import OPTIONS
 from wan_jax.config import MODELS, ModelSpec, find_model
 from wan_jax.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from wan_jax.request import Request
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +41,10 @@ Every file carries its settings; --from reads them back. Options of the command 
 output: repeat the command to continue. Exit codes: 0 done, 1 failed, 2 wrong use, 3 out of memory, 130 interrupted.
 """
 DTYPES = ("bfloat16", "float32")
-NOT_SETTINGS = ("config", "source", "dry_run", "profile", "quiet", "run", "parser")
+NOT_SETTINGS = ("config", "source", "dry_run", "sheet", "profile", "quiet", "run", "parser", *OPTIONS)
+# What belongs to a way of running, whatever is asked for; see `Way`.
+OF_THE_WAY = ("model", "dtype", "mesh", "lora", "offload", "offline", "segment", "watermark", "watermark_key", "badge",
+              "c2pa_cert", "c2pa_key", "embed_prompt")  # fmt: skip
 # Settings that a recipe cannot have: they belong to one run, not to a way of running.
 NOT_IN_RECIPES = ("references", "describe", "i_have_consent", "watermark_key", "c2pa_cert", "c2pa_key")
 
@@ -46,6 +54,11 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         "generate", help="make a clip", description="Make a clip, or a picture with --num-frames 1.", epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    add_options(parser)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to make")
     what.add_argument("--model", help="name, hub repository or folder")
     what.add_argument("--prompt", help="what the clip shows")
@@ -89,20 +102,30 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     who.add_argument("--audio-guidance-scale", type=float, help="of the sound; --guidance-scale is the picture's")
     who.add_argument("--image-guidance", type=float, help="how strongly the pictures of the references rule; 0 is off")
     who.add_argument("--voice-guidance", type=float, help="how strongly their voices rule; 0 is off")
+    who.add_argument("--sync-guidance", type=float, help="how strongly lips and sound rule each other; 0 is off")
     how = parser.add_argument_group("how to sample")
     how.add_argument("--num-steps", type=int, help="sampling steps; default: the model's")
     how.add_argument("--shift", type=float, help="shift of the noise schedule; default: the model's")
     how.add_argument(
         "--guidance-scale", type=float, nargs="+", help="one number, or LOW HIGH for two experts; 1 is off"
     )
-    how.add_argument("--solver", choices=("unipc", "dpm++", "euler"), help="default unipc")
+    how.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="noise levels between which guidance acts, e.g. 0.2 0.9; other steps run one pass (default 0 1)",
+    )  # fmt: skip
+    how.add_argument(
+        "--solver", choices=("unipc", "dpm++", "euler", "distilled", "rcm", "rcm-ode"),
+        help="default unipc; for step-distilled models and adapters: distilled, for TurboDiffusion: rcm, rcm-ode"
+        " (4 steps without guidance)",
+    )  # fmt: skip
+    how.add_argument("--sigma-max", type=float, help="noise that rcm starts at; default 80, with a picture 200")
     how.add_argument(
         "--lora", action="append", metavar="FILE[:STRENGTH]",
         help="adapter; may be repeated; high=FILE or low=FILE for one expert of two",
     )  # fmt: skip
     where = parser.add_argument_group("where and in what precision")
     where.add_argument("--dtype", choices=DTYPES, help="default bfloat16")
-    where.add_argument("--mesh", help="devices, e.g. fsdp=8 or data=2,seq=4; default: one device")
+    where.add_argument("--mesh", help="devices, e.g. fsdp=8 or data=2,seq=4; default: one, with --distributed all")
     where.add_argument(
         "--guidance", choices=("batch", "sequential"), help="prompt and negative prompt at once (default) or in turn"
     )
@@ -131,9 +154,9 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     )
     talk = parser.add_argument_group("reporting")
     talk.add_argument("--dry-run", action="store_true", help="check everything and print the settings; load no weights")
+    talk.add_argument("--sheet", action="store_true", help="also a contact sheet beside the clip, CLIP.sheet.png")
     talk.add_argument("--profile", action="store_true", help="print seconds per stage and peak memory")
     talk.add_argument("--quiet", action="store_true", help="only warnings and errors")
-    return parser
 
 
 class _AddReference(argparse.Action):
@@ -158,61 +181,138 @@ def _segment(text: str) -> int | str:
     raise argparse.ArgumentTypeError(f"{text!r}: need a positive number of steps, or 'all'")
 
 
+@dataclass(frozen=True)
+class Way:
+    """How to run, whatever is asked for: the model, where it computes, how clips are marked."""
+
+    model: str
+    spec: ModelSpec
+    dtype: str
+    mesh: Any
+    loras: list[Any]
+    offload: bool | None
+    offline: bool | None
+    segment: int | str
+    marks: dict[str, Any]
+    sign: Callable[[Path], Path]
+
+    @classmethod
+    def take(cls, options: dict[str, Any]) -> Way:
+        """What `OF_THE_WAY` names, out of the options."""
+        from wan_jax.distributed import choose_mesh
+        from wan_jax.weights.lora import Lora
+
+        if "model" not in options:
+            raise InputError("give --model (see `wan-jax models`)")
+        own = {name: options.pop(name) for name in OF_THE_WAY if name in options}
+        loras = own.get("lora", ())
+        return cls(
+            model=own["model"],
+            spec=find_spec(own["model"]),
+            dtype=own.get("dtype", "bfloat16"),
+            mesh=choose_mesh(own.get("mesh")),
+            loras=[Lora.open(lora) for lora in ((loras,) if isinstance(loras, str) else loras)],
+            offload=own.get("offload"),
+            offline=own.get("offline"),
+            segment=own.get("segment", 1),
+            marks={name: own[name] for name in ("watermark", "watermark_key", "badge") if name in own},
+            sign=_signer(own),
+        )
+
+    def load(self) -> Any:
+        from wan_jax.model import load
+
+        return load(
+            self.model, dtype=self.dtype, mesh=self.mesh, loras=self.loras, offload=self.offload, offline=self.offline
+        )
+
+
 def run(args: argparse.Namespace) -> int:
-    from wan_jax.media import check_writable, read_image
-    from wan_jax.model import load
-    from wan_jax.parallel import make_mesh, parse_mesh
+    from wan_jax.distributed import is_first
     from wan_jax.pipeline import Stages
     from wan_jax.pipeline import run as run_pipeline
     from wan_jax.plan import summary
-    from wan_jax.references import CONSENT, resolve_references
-    from wan_jax.request import resolve
-    from wan_jax.weights.lora import Lora
-
-    options = _options(args)
-    if "model" not in options:
-        raise InputError("give --model (see `wan-jax models`)")
-    name, output = options.pop("model"), options.pop("output", None)
-    dtype, mesh, loras = options.pop("dtype", "bfloat16"), options.pop("mesh", None), options.pop("lora", ())
-    offload, offline = options.pop("offload", None), options.pop("offline", None)
-    segment = options.pop("segment", 1)
-    for key in ("image", "last_image"):
-        if key in options:
-            options[key] = read_image(options[key])
-    marks = {name: options.pop(name) for name in ("watermark", "watermark_key", "badge") if name in options}
-    sign_file = _signer(options)
-    described, consent = options.pop("describe", ()), options.pop("i_have_consent", False)
-    spec = find_spec(name)
-    if references := _references(options.pop("references", ()), described):
-        options["references"] = resolve_references(references, clean=options.get("clean_voice", False))
-        options["consent"] = CONSENT if consent or _asked_for_consent() else ""
 
     # Everything is checked before anything is loaded.
-    request = resolve(spec, options.pop("prompt", ""), **options)
-    sound_alone = request.sound is not None and not request.sound.video
-    default = "clip.wav" if sound_alone else "clip.png" if request.num_frames == 1 else "clip.mp4"
-    output = check_writable(output or default, 0 if sound_alone else request.num_frames)
+    options = options_of(args)
+    way, output = Way.take(options), options.pop("output", None)
+    request = make_request(way.spec, options, _asked_for_consent)
+    output = place(request, output)
     outputs = _outputs(output, request.seeds)
-    mesh = make_mesh(parse_mesh(mesh)) if mesh else None
-    loras = [Lora.open(lora) for lora in ((loras,) if isinstance(loras, str) else loras)]
     if args.dry_run:
         about = request.settings(request.seeds[0]) | {"seed": request.seeds, "output": [str(path) for path in outputs]}
         print(json.dumps(about, indent=1, ensure_ascii=False))
         return 0
 
-    log.info(summary(spec, request, mesh, dtype, offload))
-    model = load(name, dtype=dtype, mesh=mesh, loras=loras, offload=offload, offline=offline)
+    if is_first():  # a process cannot ask the devices of another how much they hold
+        log.info(summary(way.spec, request, way.mesh, way.dtype, way.offload))
     stages = Stages(show=not args.quiet)
+
+    def write(clips: list[Any]) -> None:
+        for clip, path in zip(clips, outputs, strict=True):
+            way.sign(clip.save(path))
+            if args.sheet and clip.video is not None:
+                _write_sheet(clip, request, way.spec, path)
+
     run_pipeline(
-        model, request, segment=segment, progress=not args.quiet, stages=stages,
+        way.load(), request, segment=way.segment, progress=not args.quiet, stages=stages,
         resume_file=output.with_name(f".{output.name}.resume.safetensors"),
-        finish=lambda clips: [sign_file(clip.save(path)) for clip, path in zip(clips, outputs, strict=True)], **marks,
+        finish=write if is_first() else None, **way.marks,
     )  # fmt: skip
-    for path in outputs:
-        print(path)
+    if is_first():
+        print(*outputs, sep="\n")
     if args.profile:
         _print_profile(stages.seconds)
     return 0
+
+
+def _write_sheet(clip: Any, request: Request, spec: ModelSpec, path: Path) -> None:
+    """References, frames, sound and, of a model that makes puppets, how far their mouths open."""
+    from wan_jax.evaluate import puppets, run
+    from wan_jax.evaluate.sheet import talking_sheet
+    from wan_jax.media import Clip
+
+    references = request.sound.references if request.sound else ()
+    openings = []
+    if clip.audio is not None and run.is_scored(spec):
+        openings = puppets.observe(clip.video, clip.audio, 2 if len(references) == 2 else 1).openings
+    sheet = talking_sheet(clip, [reference.image for reference in references], openings)
+    Clip(sheet[None], fps=clip.fps).save(path.with_suffix(".sheet.png"))
+
+
+def make_request(spec: ModelSpec, options: Mapping[str, Any], ask: Callable[[], bool] = lambda: False) -> Request:
+    """The request that options stand for, all files read.
+
+    Args:
+        ask: for the consent of those in the references, where the options do not state it.
+    """
+    from wan_jax.media import read_image
+    from wan_jax.references import CONSENT, resolve_references
+    from wan_jax.request import resolve
+
+    options = dict(options)
+    for key in ("image", "last_image"):
+        if key in options:
+            options[key] = read_image(options[key])
+    described, consent = options.pop("describe", ()), options.pop("i_have_consent", False)
+    if references := _references(options.pop("references", ()), described):
+        options["references"] = resolve_references(references, clean=options.get("clean_voice", False))
+        options["consent"] = CONSENT if consent or ask() else ""
+    return resolve(spec, options.pop("prompt", ""), **options)
+
+
+def place(request: Request, output: str | Path | None) -> Path:
+    """Where the clip is written, checked; the default has the suffix that fits."""
+    from wan_jax.media import check_writable
+
+    return check_writable(output or f"clip{suffix(request)}", 0 if suffix(request) == ".wav" else request.num_frames)
+
+
+def suffix(request: Request) -> str:
+    """Of the file for sound alone, a picture, a clip."""
+    if request.sound is not None and not request.sound.video:
+        return ".wav"
+    return ".png" if request.num_frames == 1 else ".mp4"
 
 
 def _references(given: Iterable[dict[str, str]], described: Iterable[str]) -> list[Any]:
@@ -265,16 +365,18 @@ def find_spec(name: str) -> ModelSpec:
     return locate(resolve(name)).spec  # a folder, or an error that tells what was found instead
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
     """Options of the command line over the settings of --from over those of --config."""
     names = vars(args).keys() - set(NOT_SETTINGS)
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    options: dict[str, Any] = {}
-    for layer in (_recipe(args.config, names - set(NOT_IN_RECIPES)), _settings_of(args.source, given), given):
-        if "size" in layer or "aspect" in layer:  # one takes the place of the other
-            options = {name: value for name, value in options.items() if name not in ("size", "aspect")}
-        options |= layer
-    return options
+    layers = _recipe(args.config, names - set(NOT_IN_RECIPES)), _settings_of(args.source, given), given
+    return functools.reduce(overlay, layers, {})
+
+
+def overlay(options: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with those of a layer in their place; a size takes the place of an aspect too, and the reverse."""
+    replaced = {"size", "aspect"} if layer.keys() & {"size", "aspect"} else set()
+    return {name: value for name, value in options.items() if name not in replaced} | dict(layer)
 
 
 def _recipe(path: str | None, names: Iterable[str]) -> dict[str, Any]:

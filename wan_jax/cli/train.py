@@ -24,6 +24,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         "--i-have-consent", action="store_true", help="every person in the references (NAME.ref1.png) of --data agreed"
     )
     parser.add_argument("--out", metavar="FOLDER", help="takes states, metrics and weights (default: runs/RECIPE)")
+    parser.add_argument("--only", metavar="STAGE", help="of a recipe with stages: this one; beside others, say")
     parser.add_argument("--resume", action="store_true", help="continue from the last state in --out")
     parser.add_argument("--minutes", type=float, help="stop and save after so many")
     parser.add_argument("--mesh", help="devices, e.g. fsdp=8 or data=8; default: one device")
@@ -47,8 +48,10 @@ def run(args: argparse.Namespace) -> int:
         from wan_jax.config import NANO
         from wan_jax.train.nano import train_nano
 
-        train_nano(NANO, settings, out, **common)
+        train_nano(NANO, settings, out, only=args.only, **common)
         return 0
+    if args.only:
+        raise InputError(f"--only {args.only}: {args.config} has no stages")
     if not (args.model and args.data):
         raise InputError(f"{args.config} trains a model further: name it by --model, and a folder of clips by --data")
     from wan_jax.conversion import export_folder

@@ -33,12 +33,16 @@ def check(spec: ModelSpec, variants: Sequence[str], clips: int) -> None:
             raise InputError(f"variant {name!r}: use {', '.join(VARIANTS)}{nearest(name, VARIANTS)}")
     if clips < CHOICES:
         raise InputError(f"{clips} clips: need {CHOICES} or more, each is told from the others")
-    heard = spec.sound.mel.sample_rate if spec.sound else None
-    if not spec.takes_references or (spec.fps, heard) != (world.FPS, RATE):
+    if not is_scored(spec):
         raise InputError(
             f"{spec.name} cannot be scored on puppets: that needs a model that takes references and makes {world.FPS}"
             f" frames per second with sound at {RATE} Hz, such as wan2.6-nano; for a clip of real people give --clip"
         )
+
+
+def is_scored(spec: ModelSpec) -> bool:
+    """Whether the detectors of puppets can tell anything of a model's clips."""
+    return spec.takes_references and (spec.fps, spec.sound.mel.sample_rate) == (world.FPS, RATE)
 
 
 def evaluate(

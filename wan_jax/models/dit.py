@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wan_jax.config import DiTConfig
-from wan_jax.nn.attention import attention
+from wan_jax.nn.context import Tokens, attend, even
 from wan_jax.nn.layers import (
     MLP,
     LayerNorm,
@@ -70,13 +70,20 @@ class Attention(nnx.Module):
         *,
         rope: Rope | None = None,
         image_BID: Array | None = None,
+        tokens: Tokens | None = None,
     ) -> Array:
+        """
+        Args:
+            rope: turns queries and keys: these are the same tokens.
+            tokens: what the mesh must know of ``x_BLD``; default all of them, on every device.
+        """
         q = self.queries(x_BLD)
         if rope is not None:
             q = rotate(q, rope)
-        out = self.attend(q, context_BSD, self.k, self.norm_k, self.v, rope)
+        keys = None if rope is None else tokens
+        out = self.attend(q, context_BSD, self.k, self.norm_k, self.v, rope, tokens, keys)
         if image_BID is not None:
-            out = out + self.attend(q, image_BID, self.k_img, self.norm_k_img, self.v_img)
+            out = out + self.attend(q, image_BID, self.k_img, self.norm_k_img, self.v_img, None, tokens)
         return self.o(out.reshape(x_BLD.shape))
 
     def queries(self, x_BLD: Array) -> Array:
@@ -84,14 +91,23 @@ class Attention(nnx.Module):
         return self._heads(self.norm_q(self.q(x_BLD)))
 
     def attend(
-        self, q_BLNK: Array, source_BSD: Array, k: Linear, norm_k: RMSNorm, v: Linear, rope: Rope | None = None
+        self,
+        q_BLNK: Array,
+        source_BSD: Array,
+        k: Linear,
+        norm_k: RMSNorm,
+        v: Linear,
+        rope: Rope | None = None,
+        queries_are: Tokens | None = None,
+        keys_are: Tokens | None = None,
     ) -> Array:
         """Attention to one source of keys and values; ``rope`` turns the keys."""
         dtype = k.kernel.dtype
         keys = self._heads(norm_k(k(source_BSD)))
         if rope is not None:
             keys = rotate(keys, rope)
-        return attention(q_BLNK.astype(dtype), keys.astype(dtype), self._heads(v(source_BSD)))
+        queries_are, keys_are = queries_are or Tokens(q_BLNK.shape[1]), keys_are or Tokens(keys.shape[1])
+        return attend(q_BLNK.astype(dtype), keys.astype(dtype), self._heads(v(source_BSD)), queries_are, keys_are)
 
     def _heads(self, x_BLD: Array) -> Array:
         return x_BLD.reshape(*x_BLD.shape[:2], self.num_heads, -1)
@@ -116,11 +132,13 @@ class Block(nnx.Module):
         modulation = jnp.moveaxis(self.modulation[...] + time_BE6D, 2, 0)
         return tuple(select(m, token_time) for m in modulation)
 
-    def attend_to_self(self, x_BLD: Array, modulation: tuple[Array, ...], rope: Rope) -> tuple[Array, Array]:
+    def attend_to_self(
+        self, x_BLD: Array, modulation: tuple[Array, ...], rope: Rope, tokens: Tokens
+    ) -> tuple[Array, Array]:
         """The stream after self-attention, and what that added before the gate."""
         shift, scale, gate = modulation[:3]
         h = layer_norm(x_BLD, self.eps) * (1 + scale) + shift
-        out = self.self_attn(h, h, rope=rope)
+        out = self.self_attn(h, h, rope=rope, tokens=tokens)
         return x_BLD + gate * out, out
 
     def feed_forward(self, x_BLD: Array, modulation: tuple[Array, ...]) -> Array:
@@ -129,11 +147,18 @@ class Block(nnx.Module):
         return x_BLD + gate * self.ffn(layer_norm(x_BLD, self.eps) * (1 + scale) + shift)
 
     def __call__(
-        self, x_BLD: Array, time_BE6D: Array, token_time: Array | None, text: Array, image: Array | None, rope: Rope
+        self,
+        x_BLD: Array,
+        time_BE6D: Array,
+        token_time: Array | None,
+        text: Array,
+        image: Array | None,
+        rope: Rope,
+        tokens: Tokens,
     ) -> tuple[Array, dict[str, Array]]:
         modulation = self.modulate(time_BE6D, token_time)
-        x_BLD, self_attn = self.attend_to_self(x_BLD, modulation, rope)
-        cross_attn = self.cross_attn(self.norm3(x_BLD), text, image_BID=image)
+        x_BLD, self_attn = self.attend_to_self(x_BLD, modulation, rope, tokens)
+        cross_attn = self.cross_attn(self.norm3(x_BLD), text, image_BID=image, tokens=tokens)
         x_BLD = constrain(self.feed_forward(x_BLD + cross_attn, modulation), "B", "L", None)
         return x_BLD, {"self_attn": self_attn, "cross_attn": cross_attn, "block": x_BLD}
 
@@ -256,19 +281,23 @@ class DiT(Trunk):
         if x.shape[-1] != cfg.in_dim:
             raise ValueError(f"{x.shape[-1]} channels with the condition, this model takes {cfg.in_dim}")
         x, grid = patchify(x, cfg.patch_size)
-        x = constrain(self.patch_embedding(x).astype(jnp.float32), "B", "L", None)
+        tokens = Tokens(x.shape[1], shared=True)
+        x = constrain(even(self.patch_embedding(x).astype(jnp.float32)), "B", "L", None)
+        if token_time is not None:
+            token_time = even(token_time)
 
         time_BED, time_BE6D = self.embed_time(timesteps.reshape(x.shape[0], -1).astype(jnp.float32))
         text = self.text_embedding(text_BSC)
         image = self.img_emb(image_BIC) if cfg.image_tokens else None
-        rope = rope_table(grid, cfg.head_dim)
+        cos, sin = rope_table(grid, cfg.head_dim)
+        rope = even(cos, 0), even(sin, 0)
 
         def block(module: Block, x: Array) -> tuple[Array, Any]:
-            x, out = module(x, time_BE6D, token_time, text, image, rope)
-            return x, out if capture else None
+            x, out = module(x, time_BE6D, token_time, text, image, rope, tokens)
+            return x, jax.tree.map(lambda x: x[:, : tokens.count], out) if capture else None
 
         x, out = apply_stack(self.blocks, x, block, remat=remat)
-        x = self.head(x, time_BED, token_time)
+        x = self.head(x, time_BED, token_time)[:, : tokens.count]
         velocity = unpatchify(x, grid, cfg.patch_size)
         if not capture:
             return velocity

@@ -24,6 +24,7 @@ from wan_jax.config import CouplingConfig, FusionConfig
 from wan_jax.models.dit import Attention, Block, Trunk
 from wan_jax.models.identity import AdapterAttention, IdentityAdapter, VoiceAdapter
 from wan_jax.nn.attention import attention
+from wan_jax.nn.context import Tokens, even
 from wan_jax.nn.conv import Conv1d
 from wan_jax.nn.layers import LayerNorm, Linear, RMSNorm, param, patchify, unpatchify
 from wan_jax.nn.positions import MARGIN
@@ -72,26 +73,33 @@ class FusionAttention(Attention):
             self.reach_fusion = param(rngs, (cfg.num_heads,), fill=math.log(cfg.coupling.reach))
 
     def __call__(
-        self, x_BLD: Array, text_BSD: Array, other_BMD: Array | None, meeting: Meeting | None, adapter: Any
+        self,
+        x_BLD: Array,
+        text_BSD: Array,
+        other_BMD: Array | None,
+        meeting: Meeting | None,
+        adapter: Any,
+        tokens: Tokens,
+        other_tokens: Tokens | None,
     ) -> Array:
         """
         Args:
             other_BMD: tokens of the other stream, None when this one runs alone.
             adapter: `AdapterAttention` of this block, the tokens that it attends to and their mask; or None.
+            tokens, other_tokens: what the mesh must know of the two streams.
         """
         q = self.queries(x_BLD)
-        out = self.attend(q, text_BSD, self.k, self.norm_k, self.v)
+        out = self.attend(q, text_BSD, self.k, self.norm_k, self.v, None, tokens)
         other = None if other_BMD is None else self.pre_attn_norm_fusion(other_BMD)
         if other is not None and meeting.lags_NLS is None:
-            out = out + self.attend(
-                rotate(q, meeting.rope), other, self.k_fusion, self.norm_k_fusion, self.v_fusion, meeting.other_rope
-            )
+            source = other, self.k_fusion, self.norm_k_fusion, self.v_fusion, meeting.other_rope
+            out = out + self.attend(rotate(q, meeting.rope), *source, tokens, other_tokens)
         out = self.o(out.reshape(x_BLD.shape))
         if other is not None and meeting.lags_NLS is not None:
             out = out + self.meet(x_BLD, other, meeting)
         if adapter is not None:
-            attend, tokens, mask = adapter
-            out = out + attend(q, tokens, mask)
+            attend, references, mask = adapter
+            out = out + attend(q, references, mask)
         return out
 
     def meet(self, x_BLD: Array, other_BMD: Array, meeting: Meeting) -> Array:
@@ -193,21 +201,24 @@ class Fusion(nnx.Module):
         cfg = self.cfg
         times = times or {}
         timesteps = timesteps.reshape(len(timesteps), -1).astype(jnp.float32)
-        tokens, ropes, time_BED, time_BE6D, embedded = {}, {}, {}, {}, {}
+        tokens, counts, ropes, time_BED, time_BE6D, embedded = {}, {}, {}, {}, {}, {}
         grid = None
         for stream, x in latents.items():
             trunk = getattr(self, stream)
             if stream == "video":
                 x, grid = patchify(x, cfg.patch_size)
-                ropes[stream] = rope_table(grid, cfg.head_dim, times=times.get(stream))
+                cos, sin = rope_table(grid, cfg.head_dim, times=times.get(stream))
+                ropes[stream] = even(cos, 0), even(sin, 0)
             else:
                 positions = times.get(stream) or [cfg.audio_rope_scale * i for i in range(x.shape[1])]
                 ropes[stream] = rope_table((x.shape[1], 1, 1), cfg.head_dim, times=positions)
-            tokens[stream] = _constrain(stream, trunk.patch_embedding(x).astype(jnp.float32))
+            counts[stream] = Tokens(x.shape[1], shared=stream == "video")
+            x = trunk.patch_embedding(x).astype(jnp.float32)
+            tokens[stream] = _constrain(stream, even(x) if stream == "video" else x)
             own = timesteps if stream == "video" else timesteps[:, :1]
             time_BED[stream], time_BE6D[stream] = trunk.embed_time(own)
             embedded[stream] = trunk.text_embedding(text[stream])
-        token_times = {"video": token_time, "audio": None}
+        token_times = {"video": None if token_time is None else even(token_time), "audio": None}
         meetings = self._meetings(ropes, grid, times, coupled_B) if len(latents) == 2 else {}
         features = {"video": identity_BRIC, "audio": voice_BRTF}
         features = {stream: x for stream, x in features.items() if stream in latents and x is not None}
@@ -218,24 +229,25 @@ class Fusion(nnx.Module):
             modulations, after = {}, {}
             for stream, block in blocks.items():
                 modulations[stream] = block.modulate(time_BE6D[stream], token_times[stream])
-                after[stream], _ = block.attend_to_self(x[stream], modulations[stream], ropes[stream])
+                after[stream], _ = block.attend_to_self(x[stream], modulations[stream], ropes[stream], counts[stream])
             out = {}
             for stream, block in blocks.items():
                 other = _other(stream)  # as it is after its self-attention
                 adapter = (adapters[stream], *shown[stream]) if stream in adapters else None
                 h = block.norm3(after[stream])
-                heard = block.cross_attn(h, embedded[stream], after.get(other), meetings.get(stream), adapter)
+                met = after.get(other), meetings.get(stream)
+                heard = block.cross_attn(h, embedded[stream], *met, adapter, counts[stream], counts.get(other))
                 h = after[stream] + heard
                 out[stream] = _constrain(stream, block.feed_forward(h, modulations[stream]))
             if skip_B is not None:
                 skipped = ((skip_B == index) & (index > 0))[:, None, None]
                 out = {stream: jnp.where(skipped, x[stream], out[stream]) for stream in out}
-            return out, out if capture else None
+            return out, {stream: x[:, : counts[stream].count] for stream, x in out.items()} if capture else None
 
         stacks = ({stream: getattr(self, stream).blocks for stream in latents}, adapters, jnp.arange(cfg.num_layers))
         tokens, states = apply_stack(stacks, tokens, layer, remat=remat)
         velocity = {
-            stream: getattr(self, stream).head(x, time_BED[stream], token_times[stream])
+            stream: getattr(self, stream).head(x, time_BED[stream], token_times[stream])[:, : counts[stream].count]
             for stream, x in tokens.items()
         }
         if "video" in velocity:

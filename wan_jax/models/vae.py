@@ -130,13 +130,14 @@ class Head(nnx.Module):
 
 
 class Down(nnx.Module):
-    """Half the rows and columns and, with ``temporal``, of the frames after the first.
+    """Half the rows and columns, if ``spatial``, and, if ``temporal``, half the frames after the first.
 
     The first frame of all passes the temporal convolution untouched; frame k then sees frames 2k-2, 2k-1 and 2k.
     """
 
-    def __init__(self, dim: int, *, temporal: bool, rngs: nnx.Rngs):
-        self.conv = Conv2d(dim, dim, stride=2, padding=(0, 1), rngs=rngs)
+    def __init__(self, dim: int, *, temporal: bool, spatial: bool, rngs: nnx.Rngs):
+        stride, padding = (2, (0, 1)) if spatial else (1, (1, 1))
+        self.conv = Conv2d(dim, dim, stride=stride, padding=padding, rngs=rngs)
         self.time_conv = Conv3d(dim, dim, (3, 1, 1), stride=2, rngs=rngs) if temporal else None
 
     def __call__(self, x: Array, past: Past) -> Array:
@@ -148,12 +149,13 @@ class Down(nnx.Module):
 
 
 class Up(nnx.Module):
-    """Twice the rows and columns and, with ``temporal``, the frames after the first.
+    """Twice the rows and columns, if ``spatial``, and, if ``temporal``, twice the frames after the first.
 
     The first frame of all is neither doubled nor seen by the temporal convolution, whose past is zeros instead.
     """
 
-    def __init__(self, d_in: int, d_out: int, *, temporal: bool, rngs: nnx.Rngs):
+    def __init__(self, d_in: int, d_out: int, *, temporal: bool, spatial: bool, rngs: nnx.Rngs):
+        self.scale = 1 + spatial
         self.time_conv = Conv3d(d_in, 2 * d_in, (3, 1, 1), rngs=rngs) if temporal else None
         self.conv = Conv2d(d_in, d_out, rngs=rngs)
 
@@ -163,7 +165,7 @@ class Up(nnx.Module):
             B, T, H, W, C = rest.shape
             pairs = self.time_conv(past.extend(rest, 2)).reshape(B, T, H, W, 2, C)
             x = jnp.concatenate([alone, jnp.moveaxis(pairs, 4, 2).reshape(B, 2 * T, H, W, C)], axis=1)
-        return self.conv(x.repeat(2, axis=2).repeat(2, axis=3))
+        return self.conv(x.repeat(self.scale, axis=2).repeat(self.scale, axis=3))
 
 
 def fold(x_BTHWC: Array, ft: int, fs: int) -> Array:
@@ -260,22 +262,17 @@ def _width_above(cfg: VAEConfig, d_out: int) -> int:
     return d_out if cfg.version == "2.2" else d_out // 2
 
 
-def patch_size(cfg: VAEConfig) -> int:
-    """Side of the cells of pixels that become channels before the first convolution."""
-    return 2 if cfg.version == "2.2" else 1
-
-
 class Encoder(nnx.Module):
     """Video to means and log-variances, 2 z channels. Source: Encoder3d."""
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
-        self.patch = patch_size(cfg)
+        self.patch = cfg.patch_size
         widths = encoder_widths(cfg)
         self.conv1 = CausalConv(3 * self.patch**2, widths[0][0], rngs=rngs)
         stages = []
-        for (d_in, d_out), temporal in zip(widths, (*cfg.temporal_downsample, None), strict=True):
-            down = None if temporal is None else Down(d_out, temporal=temporal, rngs=rngs)
-            ft, fs = (1, 1) if temporal is None else (1 + temporal, 2)
+        for (d_in, d_out), (temporal, spatial) in zip(widths, (*cfg.resamplings, (False, False)), strict=True):
+            down = Down(d_out, temporal=temporal, spatial=spatial, rngs=rngs) if temporal or spatial else None
+            ft, fs = 1 + temporal, 1 + spatial
             shortcut = AvgDown(d_out, ft, fs) if cfg.version == "2.2" else None
             stages.append(Stage([d_in] + [d_out] * cfg.num_res_blocks, down, shortcut, rngs=rngs))
         self.downsamples = nnx.List(stages)
@@ -296,16 +293,16 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
-        self.patch = patch_size(cfg)
+        self.patch = cfg.patch_size
         widths = decoder_widths(cfg)
         self.conv1 = CausalConv(cfg.z_dim, widths[0][0], rngs=rngs)
         self.middle = Middle(widths[0][0], rngs=rngs)
         stages = []
-        for (d_in, d_out), temporal in zip(widths, (*reversed(cfg.temporal_downsample), None), strict=True):
+        for (d_in, d_out), (temporal, spatial) in zip(widths, (*cfg.resamplings[::-1], (False, False)), strict=True):
             up = shortcut = None
-            if temporal is not None:
-                up = Up(d_out, _width_above(cfg, d_out), temporal=temporal, rngs=rngs)
-                shortcut = DupUp(d_out, 1 + temporal, 2) if cfg.version == "2.2" else None
+            if temporal or spatial:
+                up = Up(d_out, _width_above(cfg, d_out), temporal=temporal, spatial=spatial, rngs=rngs)
+                shortcut = DupUp(d_out, 1 + temporal, 1 + spatial) if cfg.version == "2.2" else None
             stages.append(Stage([d_in] + [d_out] * (cfg.num_res_blocks + 1), up, shortcut, rngs=rngs))
         self.upsamples = nnx.List(stages)
         self.head = Head(d_out, 3 * self.patch**2, rngs=rngs)

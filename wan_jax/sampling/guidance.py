@@ -2,14 +2,15 @@
 
 Every kind of guidance is a weighted sum of passes. Classifier-free guidance runs the network with the prompt and with
 the negative prompt, ``v = scale * v_prompt + (1 - scale) * v_negative``; guidance by references adds passes without
-them. Passes run as one batch, or one after the other when memory asks for it.
+them. Passes run as one batch, or one after the other when memory asks for it; where guidance is off, the first alone.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import numpy as np
 
 from wan_jax.config import NUM_TRAIN_TIMESTEPS
 from wan_jax.errors import InputError, nearest
+from wan_jax.sampling.schedule import Schedule
 
 Array = jax.Array
 MODES = ("batch", "sequential", "none")
@@ -33,8 +35,11 @@ def guided(
         timestep: float32 scalar, an array of the program.
         weights: [G] for each array of ``sample``, arrays of the program; their sum is 1.
         passes: pytree whose leaves carry a leading axis G: what distinguishes the passes.
-        mode: "batch" (all passes at once), or "sequential": the memory of one pass and of the sum.
+        mode: "batch" (all passes at once), "sequential" (the memory of one pass and of the sum), or "none": the first
+            pass, which is the prompt's, with weight 1.
     """
+    if mode == "none":
+        return network(sample, timestep[None], jax.tree.map(lambda p: p[:1], passes))
     num_passes = len(jax.tree.leaves(passes)[0])
     if mode == "sequential" and num_passes > 1:
         # A scan, so that the program holds the network once and one pass ends before the next begins.
@@ -67,3 +72,27 @@ def expert_steps(timesteps: np.ndarray, boundary: float | None) -> int:
     if boundary is None:
         return len(timesteps)
     return int((timesteps >= boundary * NUM_TRAIN_TIMESTEPS).sum())
+
+
+class Phase(NamedTuple):
+    """Steps in a row, up to ``stop``, that one expert takes under one mode of guidance."""
+
+    high_noise: bool
+    mode: str
+    stop: int
+
+
+def phases(schedule: Schedule, boundary: float | None, mode: str, interval: tuple[float, float]) -> list[Phase]:
+    """What runs when: each phase is a program of its own, so that steps without guidance pay for one pass alone.
+
+    Args:
+        boundary: see `expert_steps`.
+        mode: of guidance inside the interval; outside it is "none".
+        interval: noise levels, above the first and up to the second. Source: Kynkaanniemi et al., arXiv 2404.07724.
+    """
+    low, high = interval
+    experts = expert_steps(schedule.timesteps, boundary)
+    each = [(i < experts, mode if low < sigma <= high else "none") for i, sigma in enumerate(schedule.sigmas[:-1])]
+    runs = [(key, len(list(steps))) for key, steps in itertools.groupby(each)]
+    stops = itertools.accumulate(length for _, length in runs)
+    return [Phase(*key, stop) for (key, _), stop in zip(runs, stops, strict=True)]

@@ -39,6 +39,7 @@ class Steps(NamedTuple):
     timestep: np.ndarray
     guidance: Any  # what the velocity function takes: a scale, or weights of its passes
     solver: Coefficients
+    key: Any = None  # random keys of the fresh noise, for solvers that add some
 
     def part(self, first: int, stop: int) -> Steps:
         return jax.tree.map(lambda x: x[first:stop], self)
@@ -69,16 +70,29 @@ class Progress(NamedTuple):
     state: State
 
 
-def make_steps(solver: str, schedule: Schedule, guidance: Any = 1.0) -> Steps:
-    """Tables of one run; ``guidance`` is one scale, or a pytree of arrays [N, ...] with an entry per step."""
+def make_steps(solver: str, schedule: Schedule, guidance: Any = 1.0, seed: int = 0) -> Steps:
+    """Tables of one run.
+
+    Args:
+        guidance: one scale, or a pytree of arrays [N, ...] with an entry per step.
+        seed: of the noise that some solvers add in every step; independent of `jax.random.key(seed)` itself.
+    """
 
     def table(values: Any) -> np.ndarray:
         values = np.asarray(values, np.float32)
         return np.broadcast_to(values, (schedule.num_steps, *values.shape[1:]))
 
-    return Steps(
-        schedule.timesteps.astype(np.float32), jax.tree.map(table, guidance), coefficients(solver, schedule.sigmas)
-    )
+    factors, keys = coefficients(solver, schedule.sigmas), None
+    if factors.fresh is not None:
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), schedule.num_steps)
+    return Steps(schedule.timesteps.astype(np.float32), jax.tree.map(table, guidance), factors, keys)
+
+
+def normal(key: Array, like: Any) -> Any:
+    """Standard normal noise in the shapes of ``like``, independent in each of its arrays."""
+    leaves, tree = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    return tree.unflatten([jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
 
 
 def pinned(sample: Any, pin: Any) -> Any:
@@ -94,7 +108,8 @@ def run_segment(velocity: Velocity, args: Any, state: State, steps: Steps, pin: 
     """Take ``steps`` (pure, jittable). Returns the state and, per step, whether the sample stayed finite."""
 
     def body(state: State, now: Steps) -> tuple[State, Array]:
-        state = step(state, velocity(args, state.sample, now.timestep, now.guidance), *now.solver)
+        noise = None if now.key is None else normal(now.key, state.sample)
+        state = step(state, velocity(args, state.sample, now.timestep, now.guidance), *now.solver, noise)
         state = state._replace(sample=pinned(state.sample, pin))
         return state, jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state.sample)]).all()
 
@@ -107,9 +122,11 @@ def compiled_segment(velocity: Velocity) -> Callable[..., tuple[State, Array]]:
     return jax.jit(functools.partial(run_segment, velocity), donate_argnums=1, compiler_options=compiler_options())
 
 
-def start(noise: Any, pin: Any = None) -> State:
-    """Initial solver state: the noise (one array or one per stream), with known latents in place."""
-    return init_state(pinned(noise, pin))
+def start(noise: Any, pin: Any = None, noise_scale: float = 1.0) -> State:
+    """Initial solver state: the noise (one array or one per stream) as the schedule scales it, with known latents in
+    place.
+    """
+    return init_state(pinned(jax.tree.map(lambda x: noise_scale * x, noise), pin))
 
 
 def sample(

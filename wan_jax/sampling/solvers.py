@@ -1,13 +1,14 @@
-"""UniPC, DPM-Solver++ 2M and Euler as one pure step function over a table of coefficients.
+"""UniPC, DPM-Solver++ 2M, Euler and rCM as one pure step function over a table of coefficients.
 
-All three are linear multistep methods: each step combines the current sample, the sample and the clean predictions
-of the steps before, with factors that depend on the noise levels alone. Those factors are computed on the host in
-float64, with every limit (sigma 1, sigma 0) taken there, and enter the compiled program as arrays: a new schedule,
-shift or solver never recompiles, and no logarithm of zero ever reaches the device.
+All are linear multistep methods: each step combines the current sample, the sample and the clean predictions of the
+steps before, with factors that depend on the noise levels alone. Those factors are computed on the host in float64,
+with every limit (sigma 1, sigma 0) taken there, and enter the compiled program as arrays: a new schedule or shift never
+recompiles, and no logarithm of zero ever reaches the device. Nor does a new solver, but that rCM adds fresh noise in
+every step, which the others' program does not have.
 
 Source: ``FlowUniPCMultistepScheduler`` (order 2, bh2, data prediction, lower_order_final) in
-wan/utils/fm_solvers_unipc.py; ``FlowDPMSolverMultistepScheduler`` (2M, midpoint) in wan/utils/fm_solvers.py. Papers:
-arXiv 2302.04867, arXiv 2211.01095.
+wan/utils/fm_solvers_unipc.py; ``FlowDPMSolverMultistepScheduler`` (2M, midpoint) in wan/utils/fm_solvers.py;
+TurboDiffusion ``turbodiffusion/inference`` (rCM). Papers: arXiv 2302.04867, arXiv 2211.01095, arXiv 2510.08431.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ class Coefficients(NamedTuple):
     sigma: [N] noise level of the sample given to the network.
     correct: [N, 5] factors of (sample, last corrected, clean, clean one step ago, clean two steps ago).
     predict: [N, 3] factors of (corrected, clean, clean one step ago).
+    fresh: [N] factor of fresh normal noise; None for solvers that add none.
     """
 
     sigma: np.ndarray
     correct: np.ndarray
     predict: np.ndarray
+    fresh: np.ndarray | None = None
 
 
 class State(NamedTuple):
@@ -52,8 +55,19 @@ def init_state(noise: Any) -> State:
     return State(jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), noise), zeros(), zeros(), zeros())
 
 
-def step(state: State, velocity: Any, sigma: Array, correct: Array, predict: Array) -> State:
-    """One step of any solver: read the clean prediction off the velocity, correct this sample, predict the next."""
+def step(
+    state: State,
+    velocity: Any,
+    sigma: Array,
+    correct: Array,
+    predict: Array,
+    fresh: Array | None = None,
+    noise: Any = None,
+) -> State:
+    """One step of any solver: read the clean prediction off the velocity, correct this sample, predict the next.
+
+    ``noise`` is like the sample, needed where the table has ``fresh``.
+    """
 
     def combine(factors: Array, *terms: Any) -> Any:
         return jax.tree.map(lambda *xs: sum(f * x for f, x in zip(factors, xs, strict=True)), *terms)
@@ -61,6 +75,8 @@ def step(state: State, velocity: Any, sigma: Array, correct: Array, predict: Arr
     clean = jax.tree.map(lambda x, v: x - sigma * v.astype(jnp.float32), state.sample, velocity)
     corrected = combine(correct, state.sample, state.corrected, clean, state.clean1, state.clean2)
     sample = combine(predict, corrected, clean, state.clean1)
+    if fresh is not None:
+        sample = jax.tree.map(lambda x, n: x + fresh * n, sample, noise)
     return State(sample, corrected, clean, state.clean1)
 
 
@@ -79,18 +95,18 @@ def coefficients(solver: str, sigmas: np.ndarray) -> Coefficients:
             correct[i] = _unipc_corrector(sigmas, lam, i, order=_unipc_order(i - 1, num_steps))
         predict[i, 0] = sigmas[i + 1] / sigmas[i]
         predict[i, 1] = 1 - predict[i, 0]  # first order: the straight line to the clean prediction
-        second_order = {
-            "euler": False,
-            "dpm++": 0 < i < num_steps - 1,
-            "unipc": _unipc_order(i, num_steps) == 2,
-        }[solver]
-        if second_order:
+        second_order = {"dpm++": 0 < i < num_steps - 1, "unipc": _unipc_order(i, num_steps) == 2}
+        if second_order.get(solver):
             # -alpha * expm1(-h) * 1/2 * (m_i - m_{i-1}) / r with r = (lam_i - lam_{i-1}) / h; r = inf at sigma 1.
             r = (lam[i] - lam[i - 1]) / (lam[i + 1] - lam[i])
             slope = -(1 - sigmas[i + 1]) * np.expm1(lam[i] - lam[i + 1]) * 0.5 / r
             predict[i, 1] += slope
             predict[i, 2] -= slope
-    return Coefficients(*(x.astype(np.float32) for x in (sigmas[:-1], correct, predict)))
+    fresh = None
+    if solver == "rcm":  # noise the clean prediction anew, to the next level
+        fresh = sigmas[1:].astype(np.float32)
+        predict[:] = np.stack([0 * sigmas[1:], 1 - sigmas[1:], 0 * sigmas[1:]], axis=1)
+    return Coefficients(*(x.astype(np.float32) for x in (sigmas[:-1], correct, predict)), fresh)
 
 
 def _unipc_order(i: int, num_steps: int) -> int:

@@ -1,4 +1,4 @@
-"""Training of the small codecs: the causal video VAE, the audio VAE and the vocoder, and a linear code to compare with.
+"""Training of the small codecs: the causal video VAE, which starts as a linear code, the audio VAE and the vocoder.
 
 Their examples are dictionaries: "video" float32 [B, T, H, W, 3] in [-1, 1] with "pixel_weight" [B, T, H, W], "audio"
 float32 [B, n]. All are trained on whole clips: what a causal network keeps of the past is only right at lengths that it
@@ -9,9 +9,8 @@ Axes: ``B`` clips, ``T H W C`` frames, rows, columns, channels, ``n`` samples, `
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +19,12 @@ import numpy as np
 from wan_jax.checkpoint import flatten_params, unflatten_like
 from wan_jax.config import MelConfig
 from wan_jax.models.audio_vae import AudioVAE
-from wan_jax.models.vae import VAE, Past, fold, unfold
+from wan_jax.models.vae import VAE, Past, fold, patchify
 from wan_jax.nn.mel import frames, hann_window, mel_spectrogram
 
 Array = jax.Array
 
-KL_VIDEO, KL_AUDIO = 1e-5, 1e-4  # shares of the divergence in the losses
+KL_VIDEO, KL_AUDIO = 3e-5, 1e-4  # shares of the divergence in the losses
 SQUARED = 0.5  # share of the squared error of pixels beside the absolute one
 RESOLUTIONS = (1024, 512, 256, 128)  # samples of the windows that the vocoder is judged by
 MIN_MAGNITUDE = 1e-3  # of a bin of such a spectrum, before the logarithm
@@ -34,21 +33,79 @@ MIN_MAGNITUDE = 1e-3  # of a bin of such a spectrum, before the logarithm
 # ---- video -------------------------------------------------------------------------------------------------
 
 
-def prepare_vae(vae: VAE) -> VAE:
-    """A fresh VAE as training begins with it: convolutions see the present alone, residual branches are silent.
+def linear_vae(vae: VAE, video_BTHWC: Array, weight_BTHW: Array) -> VAE:
+    """The VAE as a linear code of principal components, in closed form: where its training starts.
 
-    Taps of the past that start at random wreck the frames that they were never trained on; from zero they grow only
-    where data moves them.
+    A cell of pixels of one frame becomes its first components; those of two cells in time the first of both together,
+    and again those of two such pairs. The decoder goes the same way back. Convolutions see one position and no past,
+    residual branches are silent, and a constant channel, much larger than all others, makes the norms before the last
+    convolutions constant and leaves their activations in their linear part. What is left to training is all that a
+    linear code cannot do.
+
+    Args:
+        vae: of version 2.2, of one width, with two temporal resamplings and no spatial ones.
+        video_BTHWC: float32 clips in [-1, 1]. weight_BTHW: of their pixels; cells count by the largest weight in them.
     """
+    cfg, flat = vae.cfg, {path: jnp.zeros_like(x) for path, x in flatten_params(vae).items()}
+    width, z = cfg.dim, cfg.z_dim
+    flat |= {path: jnp.ones_like(x) for path, x in flat.items() if path.endswith(".gamma")}
+    n = width - 1  # components; the last channel is the constant
 
-    def begin(path: str, kernel: Array) -> Array:
-        if path.endswith("conv2.kernel") and ".block" in path:
-            return jnp.zeros_like(kernel)
-        if kernel.ndim == 5 and kernel.shape[:2] == (3, 3):
-            return kernel.at[:2].set(0).at[2].multiply(3**0.5)
-        return kernel
+    def put(path: str, matrix: Array, bias: Array | None = None) -> None:
+        """A linear map of the present position, as the middle of a kernel and the last of its frames."""
+        kernel = flat[f"{path}.kernel"]
+        middle = tuple(size // 2 for size in kernel.shape[-4:-2])
+        at = middle if kernel.ndim == 4 else (kernel.shape[0] - 1, *middle)
+        flat[f"{path}.kernel"] = kernel.at[at].set(matrix)
+        if bias is not None:
+            flat[f"{path}.bias"] = bias
 
-    return unflatten_like(vae, {path: begin(path, x) for path, x in flatten_params(vae).items()})
+    cells = patchify(video_BTHWC, cfg.patch_size)  # [B, T, h, w, pixels]
+    share = fold(weight_BTHW[..., None], 1, cfg.patch_size).max((-1, -2, -3, -4))  # [B, T, h, w]
+    mean = (share[..., None] * cells).sum((0, 1, 2, 3)) / share.sum()
+    frames = _principal((cells - mean).reshape(-1, cells.shape[-1]), share.reshape(-1), n)  # [pixels, n]
+    x, share = (cells - mean)[:, 1:] @ frames, share[:, 1:]
+    pairs = []  # [2 n, n] each: how two neighbours in time become one
+    for _ in range(2):
+        x, share = jnp.concatenate([x[:, ::2], x[:, 1::2]], -1), jnp.maximum(share[:, ::2], share[:, 1::2])
+        pairs.append(_principal(x.reshape(-1, 2 * n), share.reshape(-1), n))
+        x = x @ pairs[-1]
+    spread = x[..., :z].std((0, 1, 2, 3))
+    unit = spread**0.7  # between latents of one size, which are mostly noise, and those of the pictures' own
+    large = 100 * jnp.sqrt(jnp.square(x).sum(-1).mean())  # the constant
+
+    def square(matrix: Array, constant: float) -> Array:
+        """A map of components, and one of the constant, [rows + 1, columns + 1]."""
+        return jnp.zeros((len(matrix) + 1, matrix.shape[1] + 1)).at[:-1, :-1].set(matrix).at[-1, -1].set(constant)
+
+    one = jnp.eye(width)
+    put("encoder.conv1", jnp.pad(frames, ((0, 0), (0, 1))), jnp.append(-mean @ frames, large))
+    for k, basis in enumerate(pairs):
+        put(f"encoder.downsamples.{k}.resample.conv", one)
+        # Around it goes the mean of both frames, and half of the first one of all, which so grows by a half.
+        down = [1.5 * square(half, 0.5) - one / 2 for half in (basis[:n], basis[n:])]
+        flat[f"encoder.downsamples.{k}.resample.time_conv.kernel"] = jnp.stack([0 * one, *down])[:, None, None]
+    # The norm leaves x sqrt(width) / large; half of it is what a small number keeps of SiLU.
+    small = width**0.5 / large / 2
+    logvar = jnp.zeros(2 * z).at[z:].set(-6.0)  # a deviation of 0.05
+    put("encoder.head.conv", jnp.pad(jnp.diag(1 / unit / small), ((0, width - z), (0, z))), logvar)
+    flat["conv1.kernel"] = jnp.eye(2 * z)[None, None, None]
+    flat["conv2.kernel"] = jnp.eye(z)[None, None, None]
+
+    put("decoder.conv1", jnp.pad(jnp.diag(unit), ((0, 0), (0, width - z))), jnp.zeros(width).at[-1].set(large))
+    for k, basis in enumerate(reversed(pairs)):
+        put(f"decoder.upsamples.{k}.resample.conv", one)
+        # Around it go two copies, and one of the first frame of all, which so is doubled.
+        up = [2 * square(half.T, 1.0) - one for half in (basis[:n], basis[n:])]
+        put(f"decoder.upsamples.{k}.resample.time_conv", jnp.concatenate(up, axis=1))
+    put("decoder.head.conv", jnp.pad(frames.T, ((0, 1), (0, 0))) / small, mean)
+    return unflatten_like(vae, flat)
+
+
+def _principal(x_NP: Array, share_N: Array, count: int) -> Array:
+    """The first principal components of weighted rows about zero, orthonormal columns [P, count]."""
+    _, vectors = jnp.linalg.eigh((share_N[:, None] * x_NP).T @ x_NP)
+    return vectors[:, ::-1][:, :count]
 
 
 def vae_loss(networks: Mapping[str, Any], example: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
@@ -56,40 +113,33 @@ def vae_loss(networks: Mapping[str, Any], example: Mapping[str, Array]) -> tuple
 
     Args:
         networks: "vae".
-        example: "video" and "pixel_weight", see above; "picture" [B, H, W, 3], a clip of one frame; and standard
-            normal "noise" [B, t, h, w, z] and "picture_noise" [B, 1, h, w, z].
+        example: "video" and "pixel_weight", see above, and standard normal "noise" [B, t, h, w, z].
     """
-    vae = networks["vae"]
-
-    def error(video: Array, noise: Array, weight: Array) -> tuple[Array, Array, Array]:
-        mean, logvar = jnp.split(vae.conv1(vae.encoder(video, Past())), 2, axis=-1)
-        logvar = jnp.clip(logvar, -30, 20)
-        divergence = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
-        ours = vae.decoder(vae.conv2(mean + jnp.exp(0.5 * logvar) * noise), Past())
-        distance = jnp.abs(ours - video)
-        each = (distance + SQUARED * jnp.square(distance)).mean(-1) * weight
-        return each.sum((1, 2, 3)) / weight.sum((1, 2, 3)), divergence.mean((1, 2, 3, 4)), ours
-
-    video, picture = example["video"], example["picture"][:, None]
-    pixels, divergence, ours = error(video, example["noise"], example["pixel_weight"])
-    alone, _, _ = error(picture, example["picture_noise"], jnp.ones(picture.shape[:-1]))
+    vae, video, weight = networks["vae"], example["video"], example["pixel_weight"]
+    mean, logvar = jnp.split(vae.conv1(vae.encoder(video, Past())), 2, axis=-1)
+    logvar = jnp.clip(logvar, -30, 20)
+    divergence = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).mean((1, 2, 3, 4))
+    ours = vae.decoder(vae.conv2(mean + jnp.exp(0.5 * logvar) * example["noise"]), Past())
+    distance = jnp.abs(ours - video)
+    each = (distance + SQUARED * jnp.square(distance)).mean(-1) * weight
+    pixels = each.sum((1, 2, 3)) / weight.sum((1, 2, 3))
     squared = jnp.square(jnp.clip(ours, -1, 1) - video).mean((1, 2, 3, 4)) / 4
-    loss = pixels + alone / video.shape[1] + KL_VIDEO * divergence
+    loss = pixels + KL_VIDEO * divergence
     return loss, {"pixels": pixels, "divergence": divergence, "psnr": -10 * jnp.log10(squared)}
 
 
 def fold_statistics(vae: VAE, mean_C: Array, std_C: Array) -> VAE:
-    """The same code with latents of mean 0 and deviation 1.
+    """The same code with other latents ``x``: those now are ``x * std + mean``.
 
     The 1x1x1 convolutions around the latents take up the change, so the configuration keeps its constants.
 
     Args:
-        mean_C, std_C: of the latents that ``vae.encode`` gives now.
+        mean_C: per channel. std_C: per channel, or one for all.
     """
     given_mean, given_std = np.float32(vae.cfg.latents_mean), np.float32(vae.cfg.latents_std)
     # Latents before their normalisation: z = a x + b with x the new ones, a and b per channel; after it x itself.
-    scale, shift = std_C, mean_C
     z = vae.cfg.z_dim
+    scale, shift = jnp.broadcast_to(std_C, z), mean_C
     first = jnp.concatenate([1 / scale, jnp.ones(z)])
     offset = jnp.concatenate([((given_mean - given_mean / scale) - given_std * shift / scale), jnp.zeros(z)])
     inside, outside = vae.conv1.kernel[...], vae.conv2.kernel[...]
@@ -105,51 +155,6 @@ def fold_statistics(vae: VAE, mean_C: Array, std_C: Array) -> VAE:
             "conv2.bias": bias,
         },
     )
-
-
-class LinearCode(NamedTuple):
-    """Principal components of cells of pixels: what a code of the same compression can do without a network.
-
-    The first frame is coded alone, the others in fours, in cells of 8 x 8 pixels. Stands in for a trained VAE.
-    """
-
-    mean: tuple[Array, Array]  # of the pixels of a cell, [N] each: one frame, four frames
-    basis: tuple[Array, Array]  # [N, z], orthonormal columns
-    scale: tuple[Array, Array]  # [z], deviation of each component
-
-    @classmethod
-    def fit(cls, video_BTHWC: Array, weight_BTHW: Array, z: int = 16, mouth: float = 7.0) -> LinearCode:
-        """Of float32 clips in [-1, 1]; cells that ``weight_BTHW`` raises above 1 count ``mouth`` times as much."""
-        parts = []
-        for frames_, count in ((slice(0, 1), 1), (slice(1, None), 4)):
-            cells = _cells(video_BTHWC[:, frames_], count)
-            marked = _cells(weight_BTHW[:, frames_, ..., None], count).max(-1) > 1
-            share = jnp.where(marked, mouth, 1.0).reshape(-1)
-            x = cells.reshape(-1, cells.shape[-1])
-            mean = (share[:, None] * x).sum(0) / share.sum()
-            x = x - mean
-            _, vectors = jnp.linalg.eigh((share[:, None] * x).T @ x)
-            basis = vectors[:, ::-1][:, :z]
-            parts.append((mean, basis, (x @ basis).std(0)))
-        return cls(*(tuple(pair) for pair in zip(*parts, strict=True)))
-
-    def encode(self, video_BTHWC: Array) -> Array:
-        """[B, 1 + 4 (t - 1), H, W, 3] to [B, t, H / 8, W / 8, z]."""
-        parts = (_cells(video_BTHWC[:, :1], 1), _cells(video_BTHWC[:, 1:], 4))
-        coded = [(x - m) @ b / s for x, m, b, s in zip(parts, *self, strict=True)]
-        return jnp.concatenate(coded, axis=1)
-
-    def decode(self, latents_BTHWC: Array) -> Array:
-        parts = (latents_BTHWC[:, :1], latents_BTHWC[:, 1:])
-        pixels = [(x * s) @ b.T + m for x, m, b, s in zip(parts, *self, strict=True)]
-        video = [unfold(x.reshape(*x.shape[:-1], 3, count, 8, 8)) for x, count in zip(pixels, (1, 4), strict=True)]
-        return jnp.concatenate(video, axis=1)
-
-
-def _cells(video_BTHWC: Array, count: int) -> Array:
-    """[B, T, H, W, C] -> [B, T / count, H / 8, W / 8, C * count * 64]."""
-    x = fold(video_BTHWC, count, 8)
-    return x.reshape(*x.shape[:4], math.prod(x.shape[4:]))  # no -1: a picture has no cells of four frames
 
 
 # ---- sound -------------------------------------------------------------------------------------------------
@@ -218,7 +223,10 @@ def vocoder_loss(
 
 
 def _spectral_distance(a_Bn: Array, b_Bn: Array, size: int) -> Array:
-    """Of log magnitudes, and of magnitudes relative to those of ``b``. Source: Yamamoto et al. 2020, section 2."""
+    """Of log magnitudes, and of magnitudes relative to those of all ``b``. Source: Yamamoto et al. 2020, section 2.
+
+    Relative to its own, a silent stretch would weigh without bound.
+    """
     cfg = MelConfig(n_fft=size, hop=size // 4)
 
     def magnitude(wave: Array) -> Array:
@@ -227,5 +235,5 @@ def _spectral_distance(a_Bn: Array, b_Bn: Array, size: int) -> Array:
 
     a, b = magnitude(a_Bn), magnitude(b_Bn)
     logarithm = jnp.abs(jnp.log(a) - jnp.log(b)).mean((1, 2))
-    relative = jnp.sqrt(jnp.square(a - b).sum((1, 2)) / jnp.square(b).sum((1, 2)))
+    relative = jnp.sqrt(jnp.square(a - b).sum((1, 2)) / jnp.square(b).sum((1, 2)).mean())
     return logarithm + relative

@@ -1,7 +1,8 @@
 """`wan2.6-nano` from nothing: video VAE, audio VAE, vocoder, and the twin-stream model with its small encoders.
 
 Each stage has a folder of its own and ends in ``weights.safetensors``, its averaged parameters; a stage that has them
-is done. Everything is drawn, rendered and encoded on the device.
+is done. Once the encoders are trained, the other stages depend on nothing else and may be trained side by side.
+Everything is drawn, rendered and encoded on the device.
 """
 
 from __future__ import annotations
@@ -36,10 +37,12 @@ from wan_jax.train import codec
 from wan_jax.train.flow import Dropout, Levels, losses_by_level
 from wan_jax.train.loop import Watch, fit
 from wan_jax.train.puppet_feed import (
+    ClipPool,
     Nothing,
     PuppetPool,
     audio_examples,
     clips,
+    render_videos,
     to_unit,
     twin_examples,
     twin_loss,
@@ -54,15 +57,24 @@ from wan_jax.weights.writers import write_safetensors
 log = logging.getLogger(__name__)
 Array = jax.Array
 
-STAGES = ("vae", "audio_vae", "vocoder", "twin")
+NEEDS = {  # stages in the order of training, and those that each builds on
+    "vae": (),
+    "audio_vae": (),
+    "decoder": ("vae",),
+    "vocoder": ("audio_vae",),
+    "twin": ("vae", "audio_vae"),
+}
 MEASURED = 64  # clips that statistics are taken from
 LEVELS = (0.1, 0.5, 0.8, 0.97)  # noise levels at which the twin model is watched
 
 
 class Stage(NamedTuple):
-    """One training: see `wan_jax.train.loop.fit`. ``finish`` turns the averaged networks into those that are kept."""
+    """One training: see `wan_jax.train.loop.fit`. ``finish`` turns the averaged networks into those that are kept.
 
-    task: Task
+    Without a task nothing is trained: the networks are there already.
+    """
+
+    task: Task | None
     networks: dict[str, Any]
     feed: Any
     trains: Callable[[str], bool] = lambda path: True
@@ -75,6 +87,7 @@ def train_nano(
     settings: Mapping[str, Any],
     folder: str | Path,
     *,
+    only: str | None = None,
     resume: bool = False,
     minutes: float | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -85,36 +98,49 @@ def train_nano(
         settings: per stage a dictionary: fields of `Recipe`, and of the stage (see ``configs/train_nano.py``); "watch":
             fields of `Watch`; "dtype": that the twin model computes in.
         folder: takes a folder per stage, ``tokenizer/`` and ``export/``.
+        only: one stage, of `NEEDS`: for several processes that train side by side.
         minutes: of this call.
     Returns:
         Whether everything is done.
     """
+    if only and only not in NEEDS:
+        raise InputError(f"stage {only!r}: use {', '.join(NEEDS)}{nearest(only, NEEDS)}")
     folder, begin = Path(folder), time.monotonic()
     write_tokenizer(folder / "tokenizer")
     done: dict[str, Any] = {}
-    for name in STAGES:
+    for name in (*NEEDS[only], only) if only else NEEDS:
+        weights = folder / name / "weights.safetensors"
+        if weights.exists():
+            done |= _read(weights, spec)
+            continue
+        if only and name != only:
+            raise InputError(f"{only} builds on {name}, and {weights} is not there: train that stage first")
         own = dict(settings[name])
-        recipe = Recipe(**{field.name: own.pop(field.name) for field in _fields(Recipe, own)})
+        recipe = Recipe(**{"steps": 1} | {field.name: own.pop(field.name) for field in _fields(Recipe, own)})
         stage = _STAGES[name](spec, own, done, folder, settings.get("dtype", "float32"), recipe)
         if own:
             known = [field.name for field in dataclasses.fields(Recipe)]
             raise InputError("; ".join(f"{name}.{key}: unknown setting{nearest(key, known)}" for key in own))
-        weights = folder / name / "weights.safetensors"
-        if not weights.exists():
-            left = None if minutes is None else minutes - (time.monotonic() - begin) / 60
-            if left is not None and left <= 0:
-                return False
-            watch = dataclasses.replace(Watch(**settings.get("watch", {})), minutes=left)
-            log.info("stage %s", name)
+        left = None if minutes is None else minutes - (time.monotonic() - begin) / 60
+        if left is not None and left <= 0:
+            return False
+        watch = dataclasses.replace(Watch(**settings.get("watch", {})), minutes=left)
+        log.info("stage %s", name)
+        networks, trained = stage.networks, set(stage.networks)
+        if stage.task:
             state, frozen = fit(
-                stage.task, recipe, stage.networks, stage.feed, folder / name,
+                stage.task, recipe, networks, stage.feed, folder / name,
                 trains=stage.trains, watch=watch, mesh=mesh, resume=resume, sample=stage.sample,
             )  # fmt: skip
             if int(state.step) < recipe.steps:
                 return False
-            finished = stage.finish(assemble(_in_float32(stage.task), state.ema, frozen))
-            _write(weights, {part: finished[part] for part in finished if part not in done})
-        done |= _read(weights, {part: x for part, x in stage.networks.items() if part not in done})
+            networks = assemble(_in_float32(stage.task), state.ema, frozen)
+            trained = {path.split(".")[0] for path in state.params}
+        finished = stage.finish(networks)
+        _write(weights, {part: x for part, x in finished.items() if part in trained})
+        done |= _read(weights, spec)
+    if only:
+        return True
     write_compact(spec, done, folder / "tokenizer", folder / "export")
     return True
 
@@ -131,12 +157,16 @@ def _in_float32(task: Task) -> Task:
 
 
 def _write(path: Path, networks: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, {name: np.asarray(x) for name, x in flatten_params(networks).items()})
 
 
-def _read(path: Path, like: dict[str, Any]) -> dict[str, Any]:
+def _read(path: Path, spec: ModelSpec) -> dict[str, Any]:
+    """The networks that a stage has trained."""
     with open_checkpoint(path) as source:
-        return unflatten_like(like, {name: jnp.asarray(x.numpy()) for name, x in source.items()})
+        flat = {name: jnp.asarray(x.numpy()) for name, x in source.items()}
+    parts = {name.split(".")[0] for name in flat}
+    return unflatten_like({part: build(part, spec, jnp.float32) for part in parts}, flat)
 
 
 # ---- the stages --------------------------------------------------------------------------------------------
@@ -146,28 +176,38 @@ def _new(make: Callable[[], Any]) -> Any:
     return jax.jit(make)()
 
 
-def latent_shape(spec: ModelSpec) -> tuple[int, int, int, int]:
-    """[t, h, w, z] of a clip."""
-    width, height = spec.sizes[0]
-    stride = spec.vae.spatial_stride
-    frames = (spec.num_frames - 1) // spec.vae.temporal_stride + 1
-    return frames, height // stride, width // stride, spec.vae.z_dim
-
-
 def _vae(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str, recipe: Recipe) -> Stage:
-    def make() -> VAE:
-        return VAE(spec.vae, rngs=nnx.Rngs(recipe.seed))
+    """In closed form."""
 
     def finish(networks: dict[str, Any]) -> dict[str, Any]:
         encode = jax.jit(lambda vae, key: vae.encode(to_unit(clips(key, 8)[1].video)))
         keys = jax.random.split(jax.random.key(recipe.seed + 1), MEASURED // 8)
         latents = jnp.concatenate([encode(networks["vae"], key) for key in keys])
-        axes = (0, 1, 2, 3)
-        return {"vae": codec.fold_statistics(networks["vae"], latents.mean(axes), latents.std(axes))}
+        mean = latents.mean((0, 1, 2, 3))
+        # One deviation for all channels: those that hold little stay small, and are not noise for the twin model.
+        return {"vae": codec.fold_statistics(networks["vae"], mean, jnp.sqrt(jnp.square(latents - mean).mean()))}
 
-    draw = functools.partial(video_examples, batch=recipe.batch, latents=latent_shape(spec))
-    task = Task({"vae": abstract(make)}, draw, codec.vae_loss)
-    return Stage(task, {"vae": codec.prepare_vae(_new(make))}, Nothing(), finish=finish)
+    rows = ClipPool(jax.jit(render_videos), size=own.pop("clips"), refresh=1, seed=recipe.seed)(0, 1)[0]
+    fit_code = jax.jit(lambda vae, rows: codec.linear_vae(vae, to_unit(rows["video"]), rows["weight"].astype(float)))
+    vae = fit_code(_new(lambda: VAE(spec.vae, rngs=nnx.Rngs(recipe.seed))), rows)
+    return Stage(None, {"vae": vae}, Nothing(), finish=finish)
+
+
+def _decoder(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str, recipe: Recipe) -> Stage:
+    """The VAE's decoder, further, while its latents stay what they are."""
+    networks = {"vae": done["vae"]}
+    task = Task({"vae": abstract(lambda: networks["vae"])}, _from_videos(spec, recipe), codec.vae_loss)
+    return Stage(
+        task, networks, _videos(own, recipe), trains=lambda path: path.startswith(("vae.decoder.", "vae.conv2."))
+    )
+
+
+def _from_videos(spec: ModelSpec, recipe: Recipe) -> Callable[..., Any]:
+    return functools.partial(video_examples, batch=recipe.batch, spec=spec)
+
+
+def _videos(own: dict, recipe: Recipe) -> ClipPool:
+    return ClipPool(jax.jit(render_videos), size=own.pop("pool"), refresh=own.pop("refresh"), seed=recipe.seed)
 
 
 def _spectrograms(spec: ModelSpec, seed: int) -> Array:
@@ -201,7 +241,7 @@ def _vocoder(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str, r
     networks = {"vocoder": _new(make)} | {"audio_vae": done["audio_vae"]}
     task = Task(
         {name: abstract(lambda x=x: x) for name, x in networks.items()},
-        functools.partial(audio_examples, batch=recipe.batch, latents=(1, 1)),
+        functools.partial(audio_examples, batch=recipe.batch, latents=(1, 1), window=own.pop("window")),
         functools.partial(codec.vocoder_loss, mel=spec.sound.mel),
     )
     return Stage(task, networks, Nothing(), trains=lambda path: path.startswith("vocoder."))
@@ -254,4 +294,4 @@ def unseen_losses(networks: dict[str, Any], pool: PuppetPool, words: Words) -> d
     return {name: float(x) for name, x in found.items()}
 
 
-_STAGES = {"vae": _vae, "audio_vae": _audio_vae, "vocoder": _vocoder, "twin": _twin}
+_STAGES = {"vae": _vae, "decoder": _decoder, "audio_vae": _audio_vae, "vocoder": _vocoder, "twin": _twin}

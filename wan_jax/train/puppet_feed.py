@@ -23,6 +23,7 @@ from wan_jax.train.words import Words
 Array = jax.Array
 
 CHUNK = 32  # clips that are rendered and encoded at once
+STILL = 3  # of them, for the VAE: reference pictures
 MOUTH_TOKENS = 3.0  # weight of the latents under a mouth, of 1
 MOUTH_PIXELS, FACE_PIXELS = 6.0, 2.0  # weights of pixels
 
@@ -61,33 +62,49 @@ def boxes(box_BPT4: Array, size: int) -> Array:
     return (rows[..., :, None] & columns[..., None, :]).any(1)
 
 
-def video_examples(shared: Any, own: Any, key: Array, *, batch: int, latents: tuple[int, ...]) -> Batch:
-    """What `wan_jax.train.codec.vae_loss` takes, drawn and rendered.
+def render_videos(key: Array) -> Batch:
+    """One chunk of clips for the VAE: "video" as uint8 and "weight" of the pixels, [CHUNK, ...].
 
-    Args:
-        latents: [t, h, w, z] of a clip.
+    A few are reference pictures that stand still.
     """
-    key_clips, key_noise, key_picture = jax.random.split(key, 3)
-    _, clip = clips(key_clips, batch)
+    _, clip = clips(key, CHUNK)
     mouth = clip.truth.mouth
     tall = (mouth[..., 3] - mouth[..., 1])[..., None]
     face = mouth - tall * jnp.asarray([0.0, 1.3, 0.0, 0.0])  # from the brows to the chin
     size = clip.video.shape[2]
     weight = jnp.where(boxes(mouth, size), MOUTH_PIXELS, jnp.where(boxes(face, size), FACE_PIXELS, 1.0))
+    video = clip.video.at[:STILL].set(clip.pictures[:STILL])  # over the axis of frames
+    return {"video": video, "weight": weight.at[:STILL].set(1).astype(jnp.uint8)}
+
+
+def video_examples(rows: Batch, own: Any, key: Array, *, batch: int, spec: ModelSpec) -> Batch:
+    """Draw what `wan_jax.train.codec.vae_loss` takes from rendered clips."""
+    key_rows, key_noise = jax.random.split(key)
+    chosen = jax.tree.map(lambda x: x[jax.random.randint(key_rows, (batch,), 0, len(x))], rows)
+    _, frames, height, width, _ = chosen["video"].shape
+    vae = spec.vae
+    cells = (height // vae.spatial_stride, width // vae.spatial_stride, vae.z_dim)
     return {
-        "video": to_unit(clip.video),
-        "pixel_weight": weight,
-        "picture": to_unit(clip.pictures[:, 0]),
-        "noise": jax.random.normal(key_noise, (batch, *latents)),
-        "picture_noise": jax.random.normal(key_picture, (batch, 1, *latents[1:])),
+        "video": to_unit(chosen["video"]),
+        "pixel_weight": chosen["weight"].astype(jnp.float32),
+        "noise": jax.random.normal(key_noise, (batch, (frames - 1) // vae.temporal_stride + 1, *cells)),
     }
 
 
-def audio_examples(shared: Any, own: Any, key: Array, *, batch: int, latents: tuple[int, int]) -> Batch:
-    """What the losses of the audio codec take; ``latents`` is [A, z] of a clip."""
-    key_clips, key_noise = jax.random.split(key)
+def audio_examples(
+    shared: Any, own: Any, key: Array, *, batch: int, latents: tuple[int, int], window: int | None = None
+) -> Batch:
+    """What the losses of the audio codec take.
+
+    Args:
+        latents: [A, z] of a clip. window: samples that are cut out of every clip; default all.
+    """
+    key_clips, key_noise, key_window = jax.random.split(key, 3)
     _, clip = clips(key_clips, batch)
-    return {"audio": clip.audio, "noise": jax.random.normal(key_noise, (batch, *latents))}
+    audio, length = clip.audio, window or clip.audio.shape[1]
+    starts = jax.random.randint(key_window, (batch,), 0, audio.shape[1] - length + 1)
+    audio = jax.vmap(lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, length))(audio, starts)
+    return {"audio": audio, "noise": jax.random.normal(key_noise, (batch, *latents))}
 
 
 def encode_clips(codec: dict[str, Any], key: Array, *, spec: ModelSpec, words: Words, people: int, split: str) -> Batch:
@@ -129,13 +146,40 @@ def encode_clips(codec: dict[str, Any], key: Array, *, spec: ModelSpec, words: W
     }
 
 
+class ClipPool:
+    """Clips that are made in chunks, kept on the device and drawn from at random; made anew after some steps.
+
+    Args:
+        make: ``key -> rows``, compiled, a chunk of `CHUNK` clips.
+        size: clips of one pool, a multiple of `CHUNK`. refresh: steps that a pool serves.
+    """
+
+    def __init__(self, make: Callable[[Array], Batch], *, size: int, refresh: int, seed: int = 0):
+        self._make, self._key = make, jax.random.key(seed)
+        self._size, self._refresh = size, refresh
+        self._held: tuple[int, Batch | None] = (-1, None)
+
+    def __call__(self, step: int, count: int) -> tuple[Any, Any]:
+        number = step // self._refresh
+        if self._held[0] != number:
+            self._held = (-1, None)
+            keys = jax.random.split(jax.random.fold_in(self._key, number), self._size // CHUNK)
+            self._held = number, jax.tree.map(lambda *x: jnp.concatenate(x), *map(self._make, keys))
+        return self._held[1], None
+
+    def position(self) -> dict[str, Any]:
+        return {}  # the step tells
+
+    def seek(self, position: dict[str, Any]) -> None:
+        pass
+
+
 class PuppetPool:
-    """Encoded clips, kept on the device and drawn from at random; made anew after some steps, from keys alone.
+    """Encoded clips of one person and of two, and which of them a step takes.
 
     Args:
         codec: see `encode_clips`.
-        size: clips of one pool, a multiple of `CHUNK`.
-        refresh: steps that a pool serves.
+        size: clips of both pools together, shared as the kinds need them. refresh: see `ClipPool`.
         kinds: in turn of the calls: "one" person with a reference, "two" persons, or one "alone", told by the text.
     """
 
@@ -151,34 +195,23 @@ class PuppetPool:
         seed: int = 0,
         split: str = "train",
     ):
-        self._codec, self._key = codec, jax.random.key(seed)
-        self._size, self._refresh, self._kinds = size, refresh, kinds
-        self._pools: dict[int, tuple[int, Batch]] = {}  # people -> which pool it is, and the pool
-        self._encode: dict[int, Callable[..., Batch]] = {
-            people: jax.jit(functools.partial(encode_clips, spec=spec, words=words, people=people, split=split))
-            for people in (1, 2)
-        }
+        self._kinds = kinds
+        self._pools = {}
+        pairs = kinds.count("two") * size // len(kinds) // CHUNK * CHUNK
+        for people, share in ((1, size - pairs), (2, pairs)):
+            encode = jax.jit(functools.partial(encode_clips, spec=spec, words=words, people=people, split=split))
+            make = functools.partial(encode, codec)
+            self._pools[people] = ClipPool(make, size=share, refresh=refresh, seed=2 * seed + people)
 
     def __call__(self, step: int, count: int) -> tuple[Any, Any]:
         kind = self._kinds[step // count % len(self._kinds)]
-        people = 2 if kind == "two" else 1
-        number = step // self._refresh
-        if self._pools.get(people, (None,))[0] != number:
-            self._pools.pop(people, None)
-            self._pools[people] = number, self.pool(people, number)
-        rows = self._pools[people][1]
+        rows, _ = self._pools[2 if kind == "two" else 1](step, count)
         if kind == "alone":
             return {name: x for name, x in rows.items() if name not in _OF_REFERENCES}, None
         return {name: x for name, x in rows.items() if not name.endswith("_alone")}, None
 
-    def pool(self, people: int, number: int) -> Batch:
-        """Pool ``number`` of clips with so many people."""
-        key = jax.random.fold_in(jax.random.fold_in(self._key, people), number)
-        parts = [self._encode[people](self._codec, k) for k in jax.random.split(key, self._size // CHUNK)]
-        return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-
     def position(self) -> dict[str, Any]:
-        return {}  # the step tells
+        return {}
 
     def seek(self, position: dict[str, Any]) -> None:
         pass

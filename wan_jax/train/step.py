@@ -1,4 +1,4 @@
-"""One step of training, whatever is trained: gradients in micro-batches, AdamW on float32 masters, a moving average.
+"""One step of training, whatever is trained: gradients in micro-batches, float32 masters, a moving average of them.
 
 A `Task` says what is trained. Its parameters are flat, ``network.path -> array``: those that train live in the `State`
 as float32 masters and are cast to the dtype of their network in every step; the frozen ones are held in that dtype.
@@ -9,6 +9,7 @@ Axes: ``B`` samples of a step.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ class Recipe:
     steps: int
     batch: int = 16  # samples of a step
     accumulate: int = 1  # micro-batches that these are computed in
+    optimizer: str = "adamw"  # or "muon": matrices by their momentum, made orthogonal; the rest by AdamW
     learning_rate: float = 1e-3
     warmup: int = 100  # steps from zero to the learning rate
     last: float = 0.03  # share of the learning rate at the end of the cosine
@@ -46,6 +48,8 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
+        if self.optimizer not in (known := ("adamw", "muon")):
+            raise InputError(f"optimizer={self.optimizer!r}: use {' or '.join(known)}")
         if self.batch % self.accumulate:
             raise InputError(f"batch={self.batch}: need a multiple of accumulate={self.accumulate}")
         if self.steps % self.steps_per_call:
@@ -100,10 +104,25 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     def decays(params: Flat) -> dict[str, bool]:
         return {path: path.endswith((".kernel", ".embedding")) for path in params}
 
-    return optax.chain(
-        optax.clip_by_global_norm(recipe.clip),
-        optax.adamw(rate, b2=recipe.b2, weight_decay=recipe.weight_decay, mask=decays),
-    )
+    if recipe.optimizer == "adamw":
+        update = optax.adamw(rate, b2=recipe.b2, weight_decay=recipe.weight_decay, mask=decays)
+    else:
+        update = optax.contrib.muon(
+            rate, weight_decay=recipe.weight_decay, weight_decay_mask=decays, adam_b2=recipe.b2,
+            muon_weight_dimension_numbers=_matrices, consistent_rms=0.2,  # as large as Adam's: one rate serves both
+        )  # fmt: skip
+    return optax.chain(optax.clip_by_global_norm(recipe.clip), update)
+
+
+def _matrices(params: Flat) -> dict[str, Any]:
+    """Which axes of a kernel are its rows: all but the last, and but the first of a stack of layers."""
+
+    def of(path: str, x: Any) -> Any:
+        stacked = any(re.search(rf"\.{name}\.(?!\d)", path) for name in ("blocks", "layers", "transformer"))
+        rows = tuple(range(stacked, getattr(x, "ndim", 0) - 1))
+        return optax.contrib.MuonDimensionNumbers(rows, x.ndim - 1) if path.endswith(".kernel") and rows else None
+
+    return {path: of(path, x) for path, x in params.items()}
 
 
 def start(recipe: Recipe, params: Flat) -> State:
@@ -190,7 +209,10 @@ def make_step(
         def body(state: State, own: Any) -> tuple[State, dict[str, Array]]:
             return take_step(task, recipe, state, frozen, shared, own)
 
-        return jax.lax.scan(body, state, own, length=recipe.steps_per_call, unroll=recipe.steps_per_call == 1)
+        if recipe.steps_per_call > 1:
+            return jax.lax.scan(body, state, own, length=recipe.steps_per_call)
+        state, means = body(state, jax.tree.map(lambda x: x[0], own))
+        return state, jax.tree.map(lambda x: x[None], means)
 
     out = {} if mesh is None else {"out_shardings": (shardings(state, mesh), replicated(mesh))}
     return jax.jit(run, donate_argnums=0, **out)

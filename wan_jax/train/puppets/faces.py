@@ -23,6 +23,7 @@ GLASSES, HAT = 0.65, 0.70  # worn above this coordinate
 
 _DARK, _PALE = np.float32([0.50, 0.32, 0.22]), np.float32([1.00, 0.87, 0.76])  # ends of the ramp of skin
 _MOUTH_Y = 0.115  # below the centre of the head
+SOFT = 0.042  # width of every edge, in sides of the picture: sharp ones are what a small code cannot hold
 
 
 class Face(NamedTuple):
@@ -94,7 +95,7 @@ def paint(canvas_THWC: Array, face: Face, pose: Pose) -> Array:
     size = canvas_THWC.shape[1]
     grid = (jnp.arange(size) + 0.5) / size
     pose = Pose(*(field[:, None, None] for field in pose))
-    pixel = 1 / (size * pose.scale)
+    edge = SOFT / pose.scale
     body_x = (grid[None, None, :] - pose.x) / pose.scale
     body_y = (grid[None, :, None] - pose.y) / pose.scale
     head_x, head_y = body_x, body_y - pose.nod / pose.scale
@@ -103,15 +104,15 @@ def paint(canvas_THWC: Array, face: Face, pose: Pose) -> Array:
     side = jnp.abs(x)  # a face is symmetric: one shape on the folded axis paints both eyes
 
     def ellipse(u: Array, v: Array, a: Array, b: Array) -> Array:
-        """Coverage in [0, 1]; the edge is about a pixel wide, and what is thinner than a pixel fades."""
+        """Coverage in [0, 1], with a soft edge; what is thinner than the edge fades."""
         a, b = jnp.maximum(a, 1e-4), jnp.maximum(b, 1e-4)
         thin = jnp.minimum(a, b)
         inside = 1 - jnp.square(u / a) - jnp.square(v / b)
-        return jnp.clip(0.5 * inside * thin / pixel + 0.5, 0, 1) * jnp.clip(2 * thin / pixel, 0, 1)
+        return jnp.clip(0.5 * inside * thin / edge + 0.5, 0, 1) * jnp.clip(2 * thin / edge, 0, 1)
 
     def box(u: Array, v: Array, a: Array, b: Array) -> Array:
-        edge = jnp.minimum(a - jnp.abs(u), b - jnp.abs(v))
-        return jnp.clip(edge / pixel + 0.5, 0, 1)
+        inside = jnp.minimum(a - jnp.abs(u), b - jnp.abs(v))
+        return jnp.clip(inside / edge + 0.5, 0, 1)
 
     def over(canvas: Array, cover: Array, colour: Array) -> Array:
         return [plane + cover * (tone - plane) for plane, tone in zip(canvas, colour, strict=True)]
@@ -165,7 +166,7 @@ def paint(canvas_THWC: Array, face: Face, pose: Pose) -> Array:
     canvas = over(canvas, ellipse(x, y - _MOUTH_Y, pose.mouth_width, pose.mouth_height), MOUTH)
     # Fringe: the part of the hair that lies on the forehead. Hat and glasses last.
     line = -b * (0.80 - 0.38 * face.fringe)
-    front = ellipse(x, y + 0.02, a + puff * 0.6, b + puff * 0.6) * jnp.clip((line + 0.5 * side - y) / pixel + 0.5, 0, 1)
+    front = ellipse(x, y + 0.02, a + puff * 0.6, b + puff * 0.6) * jnp.clip((line + 0.5 * side - y) / edge + 0.5, 0, 1)
     canvas = over(canvas, front * (y < 0), hair)
     brim = y + b * 0.62
     hat = _hsv(ramp[1], 0.7, 0.8)

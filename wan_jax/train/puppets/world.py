@@ -1,8 +1,8 @@
 """Clips of talking puppets: people, scenes, what is said, and the captions of all that.
 
 A clip is planned (`draw`, a few hundred numbers), rendered (`render`, pure and jittable, seeded by the plan alone) and
-put into words (`prompt`, `caption`; on the host). Sizes: 33 frames of 96 x 96 at 16 per second are 9 latents of the
-causal VAE, a latent spans about one syllable, and a mouth is up to 16 x 12 pixels: two cells of an 8-fold code.
+put into words (`prompt`, `caption`; on the host). Sizes: 17 frames of 96 x 96 at 8 per second are 5 latents of the
+causal VAE, a syllable is two or three frames, and a mouth is up to 16 x 12 pixels: about one cell of a 16-fold code.
 
 People who are held out: the cube of faces is cut into quarters along skin and hue of the hair, that of voices along
 pitch and size. For each quarter of the first axis, one quarter of the second belongs to the test people alone
@@ -28,7 +28,7 @@ from wan_jax.train.puppets.voices import RATE, STEP, Voice
 
 Array = jax.Array
 
-SIZE, FRAMES, FPS = 96, 33, 16
+SIZE, FRAMES, FPS = 96, 17, 8
 SAMPLES = FRAMES * RATE // FPS
 REFERENCE_SAMPLES = RATE  # of a reference voice: one second, as DreamID-Omni takes
 HELD_OUT = (2, 0, 3, 1)  # the test quarter of the second axis, for each quarter of the first
@@ -181,7 +181,7 @@ def wall(colour: Array, pattern: Array, size: int = SIZE) -> Array:
     """The background alone, [H, W, 3] in [0, 1]. The pattern is a lighter tone of the colour."""
     base = jnp.asarray(_WALLS)[colour]
     cell = ((jnp.arange(size) + 0.5) * 6 / size) % 1 - 0.5  # six periods, each 1 wide
-    edge = size / 6  # pixels of a period
+    edge = 1 / (6 * faces.SOFT)
     stripes = jnp.clip((0.25 - jnp.abs(cell)) * edge + 0.5, 0, 1)[None, :]
     dots = jnp.clip((0.28 - jnp.hypot(cell[:, None], cell)) * edge + 0.5, 0, 1)
     light = jnp.stack([jnp.zeros((size, size)), jnp.broadcast_to(stripes, (size, size)), dots])[pattern]

@@ -137,13 +137,12 @@ def config_from_diffusers(config: Mapping) -> VAEConfig:
 
 def config_to_diffusers(cfg: VAEConfig) -> dict:
     """The diffusers ``vae/config.json`` of a configuration."""
-    patch = 2 if cfg.version == "2.2" else None
-    channels = 3 * (patch or 1) ** 2
+    channels, residual = 3 * cfg.patch_size**2, cfg.version == "2.2"
     return {
         "_class_name": "AutoencoderKLWan", "base_dim": cfg.dim, "decoder_base_dim": cfg.dec_dim, "z_dim": cfg.z_dim,
         "dim_mult": list(cfg.dim_mult), "num_res_blocks": cfg.num_res_blocks, "attn_scales": [], "dropout": 0.0,
         "temperal_downsample": list(cfg.temporal_downsample), "latents_mean": list(cfg.latents_mean),
-        "latents_std": list(cfg.latents_std), "is_residual": patch is not None, "patch_size": patch,
-        "in_channels": channels, "out_channels": channels, "scale_factor_temporal": cfg.temporal_stride,
-        "scale_factor_spatial": cfg.spatial_stride,
+        "latents_std": list(cfg.latents_std), "is_residual": residual,
+        "patch_size": cfg.patch_size if residual else None, "in_channels": channels, "out_channels": channels,
+        "scale_factor_temporal": cfg.temporal_stride, "scale_factor_spatial": cfg.spatial_stride,
     }  # fmt: skip
