@@ -16,15 +16,13 @@ $(VENV)/.oracle: $(VENV)/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,oracle]"
 	touch $@
 
-# No trained model ships yet: a tiny random one shows the whole path, from a checkpoint, a picture and a voice to an mp4.
+# The small model that ships: from a picture and a voice of a puppet that it has never seen, and a prompt, to an mp4.
 demo: $(VENV)/.ready
-	rm -rf demo_model
-	$(BIN)/wan-jax convert random demo_model --tiny wan2.6
-	@echo "The weights are random: picture and sound show that every part runs, not what a trained model makes."
-	$(BIN)/wan-jax generate --model demo_model --reference wan_jax/assets/puppet.png --voice wan_jax/assets/puppet.wav \
-		--i-have-consent --prompt 'Character1 says "ba do mi" in front of a blue wall.' \
-		--size 96x96 --num-frames 49 --num-steps 8 --output demo.mp4 --profile
+	$(BIN)/wan-jax generate --model wan2.6-nano --reference wan_jax/assets/puppet.png --voice wan_jax/assets/puppet.wav \
+		--i-have-consent --prompt 'Character1 nods in front of a plain blue wall and says "ba do mi".' \
+		--output demo.mp4 --sheet --profile
 	$(BIN)/wan-jax verify demo.mp4
+	@echo "demo.sheet.png: the reference beside frames, and the mouth over the loudness of the sound"
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -43,4 +41,4 @@ bench: $(VENV)/.oracle
 	$(BIN)/python benchmarks/loading.py
 
 clean:
-	rm -rf $(VENV) demo_model demo.mp4
+	rm -rf $(VENV) demo.mp4 demo.sheet.png

@@ -33,7 +33,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["wan_jax", "wan_jax.*"]),
-    package_data={"wan_jax": ["assets/*"]},
+    package_data={"wan_jax": ["assets/*", "assets/*/*"]},
     install_requires=CORE,
     extras_require={
         "train": ["grain", "tensorboard"],
@@ -41,6 +41,7 @@ setup(
         "faces": ["opencv-python-headless<5"],  # 5 comes without the cascades
         "c2pa": ["c2pa-python"],
         "ray": ["ray"],
+        "tokamax": ["tokamax"],
         "tpu": ["jax[tpu]"],
         "cuda13": ["jax[cuda13]"],
         "test": TEST,

@@ -23,10 +23,10 @@ def get_config() -> ConfigDict:
     )
     config.audio_vae = dict(steps=800, batch=16, optimizer="muon", learning_rate=3e-3, warmup=50, ema=0.99, b2=0.98)
     config.vocoder = dict(
-        steps=800, batch=8, optimizer="muon", learning_rate=2e-3, warmup=50, ema=0.99, window=12_288
+        steps=700, batch=6, optimizer="muon", learning_rate=2e-3, warmup=20, ema=0.99, window=8192
     )
     config.twin = dict(
-        steps=3000, batch=16, optimizer="muon", learning_rate=2e-3, warmup=60, ema=0.998,
+        steps=2400, batch=16, optimizer="muon", learning_rate=2e-3, warmup=60, ema=0.998,
         pool=1024,  # clips that are encoded at once and drawn from
         refresh=500,  # steps that a pool serves
         kinds=("one", "one", "two", "one", "one", "one", "alone", "one"),  # in turn of the calls

@@ -32,7 +32,6 @@ from wan_jax.plan import Device
 from wan_jax.request import Request
 from wan_jax.sampling.guidance import expert_steps
 from wan_jax.sampling.sampler import make_steps, run_segment
-from wan_jax.sampling.schedule import make_schedule
 from wan_jax.sampling.solvers import State
 from wan_jax.sound import SoundCondition, guidance_passes, num_voice_latents
 
@@ -75,7 +74,7 @@ def step(spec: ModelSpec, request: Request, dtype: Any = jnp.bfloat16) -> tuple[
     """
     latents = jax.tree.map(_array, latent_shape(spec, request), is_leaf=lambda x: isinstance(x, tuple))
     condition = (_condition if request.sound is None else _sound_condition)(spec, request, latents)
-    schedule = make_schedule(request.solver, request.num_steps, request.shift)
+    schedule = request.schedule()
     high = expert_steps(schedule.timesteps, spec.boundary)
     velocity, guidance = make_velocity(spec, request, condition, schedule.timesteps, high)
     steps = make_steps(request.solver, schedule, guidance).part(0, 1)

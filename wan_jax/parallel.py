@@ -178,8 +178,9 @@ def free_host_memory() -> int | None:
 
 def memory_budget(mesh: Mesh | None) -> int:
     """Bytes that weights may use: of the mesh's devices together, or the free host memory on CPU."""
-    devices = list(mesh.devices.flat) if mesh is not None else jax.devices()[:1]
-    stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
+    devices = list(mesh.devices.flat) if mesh is not None else jax.local_devices()[:1]
+    here = next((d for d in devices if d.process_index == jax.process_index()), devices[0])  # others tell nothing here
+    stats = here.memory_stats() if here.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] * len(devices)
     return free_host_memory() or 16 * 2**30  # unknown: assume a common laptop

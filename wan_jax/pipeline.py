@@ -43,6 +43,7 @@ from wan_jax.resume import Resume
 from wan_jax.sampling.guidance import classifier_free, expert_steps, guided, phases
 from wan_jax.sampling.sampler import Progress, Velocity, make_steps, sample, start
 from wan_jax.sampling.solvers import State
+from wan_jax.small import warn_of_other_worlds
 from wan_jax.sound import (
     SoundCondition,
     decode_audio,
@@ -148,6 +149,9 @@ def _encode_with_sound(model: Model, request: Request, sound: SoundRequest) -> S
     texts = [sound.caption, *(negative[stream] for stream in shape if guided)]
     features = _text_features(model, texts)
     text = {s: features[jnp.asarray([0, i] if guided else [0])] for i, s in enumerate(shape, 1)}
+    if model.files.layout == "compact":
+        pictures = [letterbox(r.image, request.height, request.width) for r in references]
+        warn_of_other_worlds(model.vae, model.tokenizer, request.prompt, pictures)
     passes, weights = guidance_passes(
         text, scale, image=sound.image_guidance, voice=sound.voice_guidance, sync=sound.sync_guidance,
         skip=spec.sound.skip_layer,

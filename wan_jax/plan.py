@@ -271,6 +271,13 @@ class Plan:
         return 1 + sum(map(bool, extra))
 
     @property
+    def forwards(self) -> int:
+        """Of all steps; those outside the guidance interval run one pass."""
+        low, high = self.request.guidance_interval
+        guided = sum(low < sigma <= high for sigma in self.request.schedule().sigmas[:-1])
+        return self.request.num_steps + guided * (self.passes - 1)
+
+    @property
     def _negatives(self) -> int:
         """Negative prompts: of a model with sound one for each stream."""
         request, sound = self.request, self.request.sound
@@ -329,7 +336,7 @@ class Plan:
             activations += stem_bytes(cfg, size)
         text = (1 + isinstance(cfg, FusionConfig)) * self.passes * 4 * cfg.text_len * cfg.text_dim
         state = 4 * self.tokens["video"] * math.prod(cfg.patch_size) * (4 * cfg.out_dim + cfg.in_dim)
-        work = self.forward.total * self.passes * self.request.num_steps
+        work = self.forward.total * self.forwards
         return self._stage("denoise", work, self.dtype, ("dit", "dit_low"), activations + text + state)
 
     def _decode(self) -> Stage:
@@ -474,7 +481,7 @@ def describe(plan: Plan) -> str:
     work = sum(stage.work for stage in plan.stages)
     parts = [
         f"{plan.spec.name} {request.width}x{request.height}, {request.num_frames} frames: {tokens} tokens",
-        f"{request.num_steps} steps x {plan.passes} passes, {work / 1e15:,.3g} PFLOP",
+        f"{request.num_steps} steps, {plan.forwards} passes, {work / 1e15:,.3g} PFLOP",
     ]
     if seconds := plan.seconds():
         parts.append(f"at least {seconds:,.0f} s on {device}")

@@ -16,6 +16,7 @@ import numpy as np
 
 from wan_jax.conditions import compiled, encode_image
 from wan_jax.config import MelConfig, SoundSpec, VoiceConfig
+from wan_jax.distributed import fetch
 from wan_jax.errors import NonFiniteError
 from wan_jax.media import to_unit
 from wan_jax.models.identity import voice_features
@@ -112,7 +113,7 @@ def fusion_velocity(
     """The velocity function of a `Fusion` and a `SoundCondition`.
 
     Args:
-        mode: of guidance, "batch" or "sequential".
+        mode: of guidance, "batch", "sequential" or "none".
         video_times, audio_times: see `Fusion`; with references they tell whose face and whose voice they are.
     """
     times = {"video": video_times, "audio": audio_times}
@@ -210,7 +211,7 @@ def decode_audio(audio_vae: Any, vocoder: Any, latents_BAC: Array, num_samples: 
         NonFiniteError: the sound holds NaN or infinity.
     """
     run = compiled("sound", lambda vae, vocoder, z: vocoder(vae.decode(z)))
-    wave = np.asarray(run(audio_vae, vocoder, latents_BAC)[0])
+    wave = fetch(run(audio_vae, vocoder, latents_BAC))[0]
     if not np.isfinite(wave).all():
         raise NonFiniteError("the decoded sound holds NaN or infinity: check the audio VAE and the vocoder")
     wave = wave[:num_samples].clip(-1, 1)

@@ -6,6 +6,7 @@ import argparse
 import json
 
 from wan_jax.config import MODELS, ModelSpec
+from wan_jax.weights.hub import ships
 
 TASKS = {
     "t2v": "text to video, text to image", "i2v": "picture to video", "flf2v": "first and last picture to video",
@@ -36,7 +37,7 @@ def describe(spec: ModelSpec) -> dict:
         "num_frames": spec.num_frames,
         "fps": spec.fps,
         "licence": spec.licence,
-        "repository": spec.repository or "not published",
+        "repository": spec.repository or ("in this package" if ships(spec.name) else "not published"),
     }
 
 

@@ -137,7 +137,7 @@ def _text(plan: Plan, estimate: Any) -> str:
         "tokens: " + ", ".join(f"{count:,} {stream}" for stream, count in plan.tokens.items() if count),
         "",
     ]
-    scales = {"forward": 1, "step": plan.passes, f"{request.num_steps} steps": plan.passes * request.num_steps}
+    scales = {"forward": 1, "step": plan.passes, f"{request.num_steps} steps": plan.forwards}
     table = [("TFLOP", "linear", "self-attention", "cross-attention", "total")]
     table += [(name, *(f"{n * x / 1e12:,.1f}" for x in (*forward, forward.total))) for name, n in scales.items()]
     lines += _columns(table) + [""]

@@ -64,12 +64,31 @@ def _native(x: Array, kernel: Array, stride: int) -> Array:
 
 
 def conv1d(x_BTC: Array, kernel: Array, *, dilation: int = 1) -> Array:
-    """Convolve a sequence with kernel [size, in, out], odd size, zero padding to the same length."""
+    """Convolve a sequence with kernel [size, in, out], odd size, zero padding to the same length.
+
+    On CPU it is a sum of products, one for each tap: XLA runs the gradient of a dilated convolution as plain loops.
+    """
+    return jax.lax.platform_dependent(
+        x_BTC.astype(kernel.dtype),
+        kernel,
+        cpu=functools.partial(_sum_of_products, dilation=dilation),
+        default=functools.partial(_native_1d, dilation=dilation),
+    )
+
+
+def _native_1d(x: Array, kernel: Array, dilation: int) -> Array:
     pad = (kernel.shape[0] - 1) * dilation // 2
     return jax.lax.conv_general_dilated(
-        x_BTC.astype(kernel.dtype), kernel, (1,), ((pad, pad),), rhs_dilation=(dilation,),
+        x, kernel, (1,), ((pad, pad),), rhs_dilation=(dilation,),
         dimension_numbers=("NWC", "WIO", "NWC"), precision=matmul_precision(kernel.dtype),
     )  # fmt: skip
+
+
+def _sum_of_products(x: Array, kernel: Array, dilation: int) -> Array:
+    pad, length = (kernel.shape[0] - 1) * dilation // 2, x.shape[1]
+    x = jnp.pad(x, [(0, 0), (pad, pad), (0, 0)])
+    taps = (x[:, i * dilation :][:, :length] for i in range(kernel.shape[0]))
+    return sum(jnp.dot(tap, k, precision=matmul_precision(kernel.dtype)) for tap, k in zip(taps, kernel, strict=True))
 
 
 def conv_transpose1d(x_BTC: Array, kernel: Array, stride: int) -> Array:
@@ -77,11 +96,15 @@ def conv_transpose1d(x_BTC: Array, kernel: Array, stride: int) -> Array:
 
     What overhangs is cut, half at each end; if the kernel and the stride differ by an odd number, one frame stays over.
     """
-    pad = kernel.shape[0] - 1 - (kernel.shape[0] - stride) // 2
-    return jax.lax.conv_general_dilated(
-        x_BTC, kernel[::-1], (1,), [(pad, pad)], lhs_dilation=(stride,), dimension_numbers=("NWC", "WIO", "NWC"),
-        precision=matmul_precision(kernel.dtype),
-    )  # fmt: skip
+    (B, T, _), (size, _, dim) = x_BTC.shape, kernel.shape
+    parts = -(-size // stride)  # kernels that overlap in one place
+    kernel = jnp.pad(kernel, [(0, parts * stride - size), (0, 0), (0, 0)])
+    pieces = jnp.einsum("BTI,KIO->BTKO", x_BTC, kernel, precision=matmul_precision(kernel.dtype))
+    pieces = pieces.reshape(B, T, parts, stride, dim)
+    y = sum(jnp.pad(pieces[:, :, i], [(0, 0), (i, parts - 1 - i), (0, 0), (0, 0)]) for i in range(parts))
+    y = y.reshape(B, -1, dim)
+    start = (size - stride) // 2
+    return y[:, start : start + stride * T + (size - stride) % 2]
 
 
 class Conv1d(nnx.Module):

@@ -20,6 +20,7 @@ from wan_jax.checkpoint import flatten_params, unflatten_like
 from wan_jax.config import MelConfig
 from wan_jax.models.audio_vae import AudioVAE
 from wan_jax.models.vae import VAE, Past, fold, patchify
+from wan_jax.models.vocoder import BigVGAN
 from wan_jax.nn.mel import frames, hann_window, mel_spectrogram
 
 Array = jax.Array
@@ -197,6 +198,12 @@ def audio_vae_loss(
     ours = vae.decode(mean + jnp.exp(0.5 * logvar) * example["noise"])
     error = jnp.square((ours - spectrum[:, : ours.shape[1]]) / vae.data_std[...]).mean((1, 2))
     return error + KL_AUDIO * divergence, {"mel": error, "divergence": divergence}
+
+
+def quiet(vocoder: BigVGAN) -> BigVGAN:
+    """A fresh vocoder whose sound is about as loud as speech, not as loud as can be."""
+    flat = flatten_params(vocoder)
+    return unflatten_like(vocoder, flat | {"conv_post.kernel": 0.05 * flat["conv_post.kernel"]})
 
 
 def vocoder_loss(

@@ -238,7 +238,7 @@ def _vocoder(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str, r
     def make() -> BigVGAN:
         return BigVGAN(spec.sound.vocoder, rngs=nnx.Rngs(recipe.seed))
 
-    networks = {"vocoder": _new(make)} | {"audio_vae": done["audio_vae"]}
+    networks = {"vocoder": codec.quiet(_new(make)), "audio_vae": done["audio_vae"]}
     task = Task(
         {name: abstract(lambda x=x: x) for name, x in networks.items()},
         functools.partial(audio_examples, batch=recipe.batch, latents=(1, 1), window=own.pop("window")),

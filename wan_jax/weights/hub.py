@@ -131,6 +131,11 @@ class Plan:
         return [name for name in present if known.get(self.files[name].digest) != _stamp(self.folder / name)]
 
 
+def ships(name: str) -> bool:
+    """Whether the weights of a model of this name are part of the package."""
+    return name in MODELS and (ASSETS / name).is_dir()
+
+
 def repositories(name: str) -> tuple[Repository, ...]:
     """Return the repositories of a published model, by model name or by hub id (official or diffusers layout).
 
@@ -180,8 +185,8 @@ def resolve(
     _warn_if_memory_is_short(needed_bytes)
     if not isinstance(source, Repository):
         path = Path(source).expanduser()
-        if (shipped := ASSETS / str(source)).is_dir() and str(source) in MODELS:
-            return shipped
+        if ships(str(source)):
+            return ASSETS / str(source)
         if path.is_dir() or (path.is_file() and any(path.match(spec.file) for spec in MODELS.values() if spec.file)):
             return path
         if path.exists():
