@@ -21,7 +21,8 @@ from wan_jax.cli import main
 from wan_jax.config import MODELS, FusionConfig, IdentityConfig, VoiceConfig
 from wan_jax.conversion import import_folder, write_compact
 from wan_jax.errors import CheckpointError, InputError, NonFiniteError
-from wan_jax.media import Clip, read_settings, read_video
+from wan_jax.evaluate import puppets
+from wan_jax.media import Clip, read_image, read_settings, read_video
 from wan_jax.model import build
 from wan_jax.models.fusion import Fusion
 from wan_jax.models.identity import voice_features
@@ -31,6 +32,7 @@ from wan_jax.sampling.sampler import make_steps, run_segment
 from wan_jax.sampling.schedule import make_schedule
 from wan_jax.sampling.solvers import State
 from wan_jax.sound import SoundCondition, fusion_velocity, guidance_passes, num_voice_latents, reference_times
+from wan_jax.train.puppets import world
 from wan_jax.train.words import write_tokenizer
 from wan_jax.weights.engine import check
 from wan_jax.weights.layouts import locate, spec_parts, table
@@ -473,6 +475,26 @@ def test_small_model_from_its_export_to_a_clip(tmp_path):
     (folder / "spec.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"spec.json: not written by this program"):
         wan_jax.load(folder)
+
+
+def test_the_small_model_that_ships(caplog):
+    """Trained: the prompt rules the wall, the puppet is the reference's and opens its mouth, a voice is heard."""
+    nano, assets = wan_jax.load("wan2.6-nano", dtype="float32", offline=True), Path(wan_jax.__file__).parent / "assets"
+    ask = dict(references=[Reference(image=assets / "puppet.png", voice=assets / "puppet.wav")], i_have_consent=True)
+    prompt = 'character1 nods in front of a plain red wall and says "ba do mi".'
+    clip = wan_jax.generate(nano, prompt, num_steps=12, seed=1, watermark=False, progress=False, **ask)
+    seen = puppets.observe(clip.video, clip.audio)
+    assert world.WALLS[seen.wall[0]] == "red" and np.abs(clip.audio).max() > 0.05
+    known = puppets.observe_pictures(read_image(assets / "puppet.png")[None])[0]
+    paper = puppets.observe_pictures(np.full((1, 96, 96, 3), 229, np.uint8))[0]
+    assert np.abs(seen.faces[0] - known).mean() < 0.5 * np.abs(paper - known).mean()
+    assert not caplog.records
+
+    noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    ask["references"] = [Reference(image=noise, voice=assets / "puppet.wav")]
+    wan_jax.generate(nano, 'character1 rides a dragon and says "mi mi".', num_steps=1, progress=False, **ask)
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert "not rides, dragon:" in said and "reference 1 is far from the drawn puppets" in said
 
 
 # ---- on the command line -----------------------------------------------------------------------------------
