@@ -3,7 +3,7 @@
     wan-jax train --config configs/train_nano.py --out runs/nano
     wan-jax train --config configs/train_nano.py --out runs/nano --resume      goes on after a stop
 
-Expect: five stages, each with its states and ``metrics.jsonl``, and ``runs/nano/export`` with the weights in bfloat16.
+Expect: three stages, each with its states and ``metrics.jsonl``, and ``runs/nano/export`` with the weights in bfloat16.
 How long it takes and how good it gets is in docs/nano.md. Needs no network and no data. Where cores are to spare
 `--only STAGE` trains one: the encoders first, the others side by side.
 """
@@ -17,15 +17,10 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"  # of the twin model's products; bfloat16 on accelerators
     config.watch = dict(log=25, save=200, sample=500)
     config.vae = dict(clips=512)
-    config.decoder = dict(
-        steps=3000, batch=4, optimizer="muon", learning_rate=1e-3, warmup=100, ema=0.99, pool=512, refresh=250
-    )
     config.audio_vae = dict(steps=800, batch=16, optimizer="muon", learning_rate=3e-3, warmup=50, ema=0.99, b2=0.98)
-    config.vocoder = dict(
-        steps=700, batch=6, optimizer="muon", learning_rate=2e-3, warmup=20, ema=0.99, window=8192
-    )
+    config.audio_decoder = dict(steps=800, batch=16, optimizer="muon", learning_rate=2e-3, warmup=20, ema=0.99)
     config.twin = dict(
-        steps=2400, batch=16, optimizer="muon", learning_rate=2e-3, warmup=60, ema=0.998,
+        steps=1800, batch=16, optimizer="muon", learning_rate=2e-3, warmup=60, ema=0.998,
         pool=1024,  # clips that are encoded at once and drawn from
         refresh=500,  # steps that a pool serves
         kinds=("one", "one", "two", "one", "one", "one", "alone", "one"),  # in turn of the calls

@@ -19,9 +19,16 @@ def get_config() -> ConfigDict:
     config.dtype = "bfloat16"
     config.watch.update(log=50, save=1000)
     config.vae.clips = 2048
-    config.decoder.update(steps=6000, batch=32, steps_per_call=10, pool=4096, refresh=2000)
+    config.decoder = dict(  # of the VAE, beyond what a linear code can do
+        steps=6000, batch=32, optimizer="muon", learning_rate=1e-3, warmup=100, ema=0.999, steps_per_call=10,
+        pool=4096, refresh=2000,
+    )  # fmt: skip
     config.audio_vae.update(steps=3000, batch=64, ema=0.998, steps_per_call=10)
-    config.vocoder.update(steps=3000, batch=16, ema=0.998, steps_per_call=10)
+    config.audio_decoder.update(steps=3000, batch=64, ema=0.998, steps_per_call=10)
+    config.vocoder = dict(
+        steps=3000, batch=16, optimizer="muon", learning_rate=2e-3, warmup=50, ema=0.998, steps_per_call=10,
+        window=16_384,
+    )  # fmt: skip
     config.twin.update(
         steps=10_000, batch=256, learning_rate=1e-3, warmup=300, ema=0.9995, steps_per_call=5, pool=16_384, refresh=5000
     )

@@ -291,7 +291,7 @@ class SoundSpec:
 
     mel: MelConfig = MelConfig()
     vae: AudioVAEConfig = AudioVAEConfig()
-    vocoder: VocoderConfig = VocoderConfig()
+    vocoder: VocoderConfig | None = VocoderConfig()  # None: phases by Griffin and Lim's iterations, no network
     num_latents: int = 157  # of a clip of `ModelSpec.num_frames`
     guidance_scale: float = 3.0
     negative_prompt: str = "robotic, muffled, echo, distorted"
@@ -480,15 +480,16 @@ NANO = ModelSpec(
     text=UMT5Config(vocab_size=192, dim=128, dim_attn=128, dim_ffn=256, num_heads=4, num_layers=2),
     clip=CLIPConfig(image_size=96, patch_size=12, dim=96, mlp_dim=384, num_heads=3, num_layers=3, out_dim=0),
     sound=SoundSpec(
-        vae=AudioVAEConfig(dim=48, dim_mult=(1, 2), num_res_blocks=1),
-        vocoder=VocoderConfig(
-            dim=128, rates=(8, 8, 4), kernels=(16, 16, 8), res_kernels=(5,), res_dilations=((1, 3, 9),)
-        ),
-        num_latents=66, guidance_scale=2.0, negative_prompt="", caption="structured",
+        vae=AudioVAEConfig(dim=48, dim_mult=(1, 2), num_res_blocks=1), vocoder=None, num_latents=66,
+        guidance_scale=2.0, negative_prompt="", caption="structured",
     ),
     sizes=((96, 96),), num_steps=20, shift=1.0, guidance_scale=2.0, num_frames=17, fps=8, negative_prompt="",
 )  # fmt: skip
 MODELS[NANO.name] = NANO
+# For recipes that train a vocoder as well; on two CPU cores Griffin and Lim's iterations sound better.
+NANO_VOCODER = VocoderConfig(
+    dim=128, rates=(8, 8, 4), kernels=(16, 16, 8), res_kernels=(5,), res_dilations=((1, 3, 9),)
+)  # fmt: skip
 
 
 def from_json(kind: type, data: Mapping[str, Any]) -> Any:

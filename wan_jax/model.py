@@ -116,8 +116,9 @@ class Model:
         return self.network("audio_vae")
 
     @property
-    def vocoder(self) -> BigVGAN:
-        return self.network("vocoder")
+    def vocoder(self) -> BigVGAN | None:
+        """None where the model does without, see `wan_jax.nn.mel.griffin_lim`."""
+        return self.network("vocoder") if "vocoder" in self.parts else None
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -267,7 +267,7 @@ def decode(model: Model, request: Request, latents: Any, settings: dict[str, Any
     if "audio" in latents:
         rate = model.spec.sound.mel.sample_rate
         samples = round(request.num_frames / request.fps * rate)
-        audio = decode_audio(model.audio_vae, model.vocoder, latents["audio"], samples)
+        audio = decode_audio(model.audio_vae, model.vocoder, latents["audio"], samples, model.spec.sound.mel)
     return Clip(video, fps=request.fps, audio=audio, sample_rate=rate, settings=settings)
 
 

@@ -20,7 +20,7 @@ from wan_jax.distributed import fetch
 from wan_jax.errors import NonFiniteError
 from wan_jax.media import to_unit
 from wan_jax.models.identity import voice_features
-from wan_jax.nn.mel import mel_spectrogram
+from wan_jax.nn.mel import griffin_lim, mel_spectrogram
 from wan_jax.nn.positions import reference_positions
 from wan_jax.references import letterbox
 from wan_jax.sampling.guidance import guided
@@ -203,15 +203,23 @@ def encode_speakers(voices: Sequence[np.ndarray | None], cfg: VoiceConfig) -> Ar
     return run(jnp.asarray(waves)[None]) * heard[None, :, None, None]
 
 
-def decode_audio(audio_vae: Any, vocoder: Any, latents_BAC: Array, num_samples: int) -> np.ndarray:
+def decode_audio(
+    audio_vae: Any, vocoder: Any | None, latents_BAC: Array, num_samples: int, mel: MelConfig
+) -> np.ndarray:
     """Waveform float32 [num_samples] in [-1, 1] of audio latents [1, A, z].
 
     A latent is a whole number of samples, a clip a whole number of frames: what differs is cut off or silent.
+    Args:
+        vocoder: None for `griffin_lim`.
     Raises:
         NonFiniteError: the sound holds NaN or infinity.
     """
-    run = compiled("sound", lambda vae, vocoder, z: vocoder(vae.decode(z)))
-    wave = fetch(run(audio_vae, vocoder, latents_BAC))[0]
+    if vocoder is None:
+        spectrum = fetch(compiled("spectrum", lambda vae, z: vae.decode(z))(audio_vae, latents_BAC))[0]
+        wave = griffin_lim(spectrum, mel) if np.isfinite(spectrum).all() else spectrum.ravel()
+    else:
+        run = compiled("sound", lambda vae, vocoder, z: vocoder(vae.decode(z)))
+        wave = fetch(run(audio_vae, vocoder, latents_BAC))[0]
     if not np.isfinite(wave).all():
         raise NonFiniteError("the decoded sound holds NaN or infinity: check the audio VAE and the vocoder")
     wave = wave[:num_samples].clip(-1, 1)

@@ -146,4 +146,4 @@ def round_trip(model: Model, video: np.ndarray, audio: np.ndarray) -> tuple[np.n
     with use_mesh(model.mesh):
         seen = pipeline.decode_video(model, encode(model.vae, jnp.asarray(to_unit(video))[None]))
         latents = encode_voices(model.audio_vae, [audio], model.spec.sound.mel)
-        return seen, decode_audio(model.audio_vae, model.vocoder, latents, len(audio))
+        return seen, decode_audio(model.audio_vae, model.vocoder, latents, len(audio), model.spec.sound.mel)

@@ -20,6 +20,7 @@ HZ_PER_MEL = 200 / 3
 KNEE_HZ = 1000.0
 KNEE_MEL = KNEE_HZ / HZ_PER_MEL
 MELS_PER_E = 27 / np.log(6.4)
+GRIFFIN_LIM_STEPS = 32
 
 
 def mel_spectrogram(wave_Bn: Array, cfg: MelConfig) -> Array:
@@ -61,6 +62,26 @@ def mel_filters(cfg: MelConfig) -> np.ndarray:
     hz = np.arange(cfg.n_fft // 2 + 1) * cfg.sample_rate / cfg.n_fft
     triangles = np.minimum((hz - left) / (centre - left), (right - hz) / (right - centre))
     return (np.maximum(triangles, 0) * 2 / (right - left)).astype(np.float32)
+
+
+def griffin_lim(mel_TM: np.ndarray, cfg: MelConfig) -> np.ndarray:
+    """A waveform with about this spectrogram, on the host: float32 [T * hop].
+
+    Magnitudes are those of least norm, phases are found by iteration. Source: Griffin and Lim, 1984; Perraudin et al.,
+    2013, for the momentum.
+
+    Args:
+        mel_TM: as `mel_spectrogram` gives it.
+    """
+    import librosa
+
+    magnitude = np.linalg.pinv(mel_filters(cfg)) @ (10.0 ** np.asarray(mel_TM, np.float64)).T
+    wave = librosa.griffinlim(
+        np.maximum(magnitude, 1e-8), n_iter=GRIFFIN_LIM_STEPS, n_fft=cfg.n_fft, hop_length=cfg.hop, center=False,
+        momentum=0.99, random_state=0,
+    )  # fmt: skip
+    start = (cfg.n_fft - cfg.hop) // 2
+    return wave[start : start + len(mel_TM) * cfg.hop].astype(np.float32)
 
 
 def _hz_to_mel(hz: float) -> float:

@@ -47,8 +47,14 @@ def linear_vae(vae: VAE, video_BTHWC: Array, weight_BTHW: Array) -> VAE:
         vae: of version 2.2, of one width, with two temporal resamplings and no spatial ones.
         video_BTHWC: float32 clips in [-1, 1]. weight_BTHW: of their pixels; cells count by the largest weight in them.
     """
-    cfg, flat = vae.cfg, {path: jnp.zeros_like(x) for path, x in flatten_params(vae).items()}
-    width, z = cfg.dim, cfg.z_dim
+    cfg, width, z = vae.cfg, vae.cfg.dim, vae.cfg.z_dim
+
+    def silent(path: str, x: Array) -> Array:
+        """A branch is silent by its last kernel alone: with two of zeros it would learn nothing."""
+        first = (".block" in path and path.endswith("conv1.kernel")) or path.endswith("to_qkv.kernel")
+        return x if first else jnp.zeros_like(x)
+
+    flat = {path: silent(path, x) for path, x in flatten_params(vae).items()}
     flat |= {path: jnp.ones_like(x) for path, x in flat.items() if path.endswith(".gamma")}
     n = width - 1  # components; the last channel is the constant
 

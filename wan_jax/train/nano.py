@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 from wan_jax.checkpoint import abstract, flatten_params, unflatten_like
-from wan_jax.config import ModelSpec
+from wan_jax.config import NANO_VOCODER, ModelSpec
 from wan_jax.conversion import write_compact
 from wan_jax.errors import InputError, nearest
 from wan_jax.model import build
@@ -57,13 +57,15 @@ from wan_jax.weights.writers import write_safetensors
 log = logging.getLogger(__name__)
 Array = jax.Array
 
-NEEDS = {  # stages in the order of training, and those that each builds on
+NEEDS = {  # stages in the order of training, and those that each builds on; a recipe may leave out some, see `OPTIONAL`
     "vae": (),
     "audio_vae": (),
     "decoder": ("vae",),
+    "audio_decoder": ("audio_vae",),
     "vocoder": ("audio_vae",),
     "twin": ("vae", "audio_vae"),
 }
+OPTIONAL = ("decoder", "audio_decoder", "vocoder")
 MEASURED = 64  # clips that statistics are taken from
 LEVELS = (0.1, 0.5, 0.8, 0.97)  # noise levels at which the twin model is watched
 
@@ -105,10 +107,12 @@ def train_nano(
     """
     if only and only not in NEEDS:
         raise InputError(f"stage {only!r}: use {', '.join(NEEDS)}{nearest(only, NEEDS)}")
+    if "vocoder" in settings:
+        spec = dataclasses.replace(spec, sound=dataclasses.replace(spec.sound, vocoder=NANO_VOCODER))
     folder, begin = Path(folder), time.monotonic()
     write_tokenizer(folder / "tokenizer")
     done: dict[str, Any] = {}
-    for name in (*NEEDS[only], only) if only else NEEDS:
+    for name in (*NEEDS[only], only) if only else (name for name in NEEDS if name in settings or name not in OPTIONAL):
         weights = folder / name / "weights.safetensors"
         if weights.exists():
             done |= _read(weights, spec)
@@ -234,6 +238,23 @@ def _audio_vae(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str,
     return Stage(task, networks, Nothing(), trains=lambda path: ".data_" not in path, finish=finish)
 
 
+def _audio_decoder(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str, recipe: Recipe) -> Stage:
+    """The audio VAE's decoder, further, while its latents stay what they are."""
+    networks, shape = {"audio_vae": done["audio_vae"]}, (spec.sound.num_latents, spec.sound.vae.z_dim)
+    task = Task(
+        {"audio_vae": abstract(lambda: networks["audio_vae"])},
+        functools.partial(audio_examples, batch=recipe.batch, latents=shape),
+        functools.partial(codec.audio_vae_loss, mel=spec.sound.mel),
+    )
+
+    def finish(networks: dict[str, Any]) -> dict[str, Any]:
+        return {"audio_vae": codec.unit_filters(networks["audio_vae"])}
+
+    return Stage(
+        task, networks, Nothing(), trains=lambda path: path.startswith("audio_vae.decoder."), finish=finish
+    )
+
+
 def _vocoder(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str, recipe: Recipe) -> Stage:
     def make() -> BigVGAN:
         return BigVGAN(spec.sound.vocoder, rngs=nnx.Rngs(recipe.seed))
@@ -294,4 +315,7 @@ def unseen_losses(networks: dict[str, Any], pool: PuppetPool, words: Words) -> d
     return {name: float(x) for name, x in found.items()}
 
 
-_STAGES = {"vae": _vae, "decoder": _decoder, "audio_vae": _audio_vae, "vocoder": _vocoder, "twin": _twin}
+_STAGES = {
+    "vae": _vae, "audio_vae": _audio_vae, "decoder": _decoder, "audio_decoder": _audio_decoder, "vocoder": _vocoder,
+    "twin": _twin,
+}  # fmt: skip

@@ -91,7 +91,7 @@ class Files:
 def spec_parts(spec: ModelSpec) -> tuple[str, ...]:
     """Names of the networks of a model."""
     absent = {"dit_low": spec.num_experts == 1, "image_encoder": spec.clip is None}
-    absent |= dict.fromkeys(SOUND_FIELDS, spec.sound is None)
+    absent |= {part: not getattr(spec.sound, field, None) for part, field in SOUND_FIELDS.items()}
     return tuple(part for part in NETWORKS if not absent.get(part))
 
 
