@@ -1,9 +1,11 @@
 """wan2.6-nano from nothing, on talking puppets that are drawn and rendered on the device: the model that ships.
 
     wan-jax train --config configs/train_nano.py --out runs/nano
-    wan-jax train --config configs/train_nano.py --out runs/nano --resume      goes on after a stop
+    wan-jax train --config configs/train_nano.py --out runs/nano --resume
 
-Expect: three stages, each with its states and ``metrics.jsonl``, and ``runs/nano/export`` with the weights in bfloat16.
+The second line goes on after a stop.
+
+Expect: four stages, each with its states and ``metrics.jsonl``, and ``runs/nano/export`` with the weights in bfloat16.
 How long it takes and how good it gets is in docs/nano.md. Needs no network and no data. Where cores are to spare
 `--only STAGE` trains one: the encoders first, the others side by side.
 """

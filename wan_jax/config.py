@@ -481,9 +481,9 @@ NANO = ModelSpec(
     clip=CLIPConfig(image_size=96, patch_size=12, dim=96, mlp_dim=384, num_heads=3, num_layers=3, out_dim=0),
     sound=SoundSpec(
         vae=AudioVAEConfig(dim=48, dim_mult=(1, 2), num_res_blocks=1), vocoder=None, num_latents=66,
-        guidance_scale=2.0, negative_prompt="", caption="structured",
+        guidance_scale=1.5, sync_guidance=1.0, negative_prompt="", caption="structured",
     ),
-    sizes=((96, 96),), num_steps=20, shift=1.0, guidance_scale=2.0, num_frames=17, fps=8, negative_prompt="",
+    sizes=((96, 96),), num_steps=20, shift=1.0, guidance_scale=1.5, num_frames=17, fps=8, negative_prompt="",
 )  # fmt: skip
 MODELS[NANO.name] = NANO
 # For recipes that train a vocoder as well; on two CPU cores Griffin and Lim's iterations sound better.

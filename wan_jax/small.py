@@ -40,7 +40,7 @@ def warn_of_other_worlds(vae: Any, tokenizer: Tokenizer, prompt: str, pictures: 
 def unknown_words(tokenizer: Tokenizer, prompt: str) -> list[str]:
     """Words outside of quotes that the tokenizer has to spell letter by letter."""
     told = re.sub(r'"[^"]*"', " ", prompt)
-    words = dict.fromkeys(re.findall(r"[^\W\d_]{2,}", told.lower()))
+    words = dict.fromkeys(re.findall(r"\b[^\W\d_]{3,}\b", told.lower()))
     _, mask = tokenizer(list(words) or ["a"], 64)
     return [word for word, length in zip(words, mask.sum(1) - 1, strict=False) if length >= len(word)]
 
