@@ -69,6 +69,6 @@ def test_runs(path, tmp_path, monkeypatch):
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     printed = "".join(output.get("text", "") for output in outputs)
-    shape = {"text_to_video": "(9, 48, 64, 3)", "photo_and_voice": "(9, 96, 64, 3)"}[path.stem]
+    shape = {"text_to_video": "(9, 48, 64, 3)", "photo_and_voice": "(17, 96, 96, 3)"}[path.stem]
     assert shape in printed and "memory" in printed
     assert "<video" in outputs[-1]["data"]["text/html"]
