@@ -2,6 +2,7 @@
 or subprocess has compiled are found by the others. Tiny checkpoints for everyone.
 """
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -14,6 +15,16 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _programs = tempfile.TemporaryDirectory(prefix="wan_jax-programs-", ignore_cleanup_errors=True)  # until the end
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """In a folder of its own, without a network; `main` sets the level of the root logger, which is given back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -43,13 +42,7 @@ print("made", *outcome.made, flush=True)
 """
 
 
-@pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    level = logging.getLogger().level
-    yield
-    logging.getLogger().setLevel(level)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def write_lines(*lines: object) -> str:

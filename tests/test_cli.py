@@ -6,7 +6,6 @@ Most tests call `wan_jax.cli.main` in this process, where a program is compiled 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import pickle
 import re
@@ -39,14 +38,7 @@ TRAINING = ("train_", "finetune_")  # how recipes of `wan-jax train` begin
 SHORT = ("--prompt", "a cat", "--size", "32x32", "--num-frames", "5", "--num-steps", "2", "--dtype", "float32")
 
 
-@pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    """In a folder of its own, without a network; `main` sets the level of the root logger, which is given back."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    level = logging.getLogger().level
-    yield
-    logging.getLogger().setLevel(level)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from wan_jax.train.puppets import voices, world
 from wan_jax.train.puppets.world import Plan
 
 CHOICES = 8  # people, and soundtracks, that the right one is told from
-_LAGS = range(-4, 5)  # frames by which the sound is shifted
+_LAGS = range(-world.FPS // 4, world.FPS // 4 + 1)  # frames by which the sound is shifted, a quarter of a second
 _RESAMPLES = 1000  # of the bootstrap
 
 
