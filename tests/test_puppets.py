@@ -144,7 +144,7 @@ def test_detectors_find_the_truth():
 
 def test_detectors_see_what_is_wrong():
     plans, made = clips(1)
-    others, late = np.roll(made.video, 1, axis=0), np.roll(made.audio, 3 * voices.RATE // world.FPS, axis=1)
+    others, late = np.roll(made.video, 1, axis=0), np.roll(made.audio, 2 * voices.RATE // world.FPS, axis=1)
     noisy = np.clip(others + np.random.default_rng(0).normal(size=others.shape) * 5, 0, 255).astype(np.uint8)
     table = puppets.score(plans, made.pictures, noisy, late)
     assert table["identity, first of 8"] < 0.3 and table["wall colour"] < 0.5 and table["motion"] < 0.75
