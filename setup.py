@@ -22,7 +22,9 @@ CORE = [
     "huggingface_hub>=2",
     "tqdm",
 ]
-TEST = ["pytest", "pytest-xdist", "ruff", "ml_collections", "nbmake", "ipykernel", "c2pa-python", "cryptography"]
+TEST = [
+    "pytest", "pytest-xdist", "ruff", "ml_collections", "nbmake", "ipykernel", "c2pa-python", "cryptography", "grain",
+]  # fmt: skip
 
 setup(
     name="wan_jax",
@@ -44,6 +46,7 @@ setup(
         "tokamax": ["tokamax"],
         "tpu": ["jax[tpu]"],
         "cuda13": ["jax[cuda13]"],
+        "gate": ["libtpu", "jax[cuda13]"],  # compilers alone: neither needs its device
         "test": TEST,
         # PyTorch is pinned: a plain `torch` pulls several GB of CUDA packages on Linux.
         "oracle": ["torch==2.13.0", "diffusers", "transformers"],

@@ -24,18 +24,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from measure import resident
+
 GB = 1e9
 # Layout -> (times the weights in bfloat16, plus GB): the most that a load may take.
 LIMITS = {"official": (2.0, 1.0), "orbax": (1.4, 0.3)}
 
 
-def resident(mark: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (highest so far). `ru_maxrss` would include the parent before exec."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(mark))
-    return int(line.split()[1]) * 1024
-
-
-def measure(folder: str) -> None:
+def load_once(folder: str) -> None:
     """Load once, in this process; print a line of JSON."""
     import jax
 
@@ -95,7 +91,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if args.measure:
-        measure(args.measure)
+        load_once(args.measure)
     elif args.folder:
         run(args.folder, args)
     else:

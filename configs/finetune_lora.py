@@ -24,7 +24,8 @@ def get_config() -> ConfigDict:
     config.recipe = dict(
         steps=1000, batch=4, accumulate=4, learning_rate=2e-4, warmup=50, weight_decay=0.0, ema=0.99, remat=True
     )
-    config.watch = dict(log=10, save=100)
+    config.watch = dict(log=10, save=100, sample=250)
+    config.samples = ()  # clips to look at on the way, such as dict(prompt="a cat on a sofa", seed=1)
     config.levels = dict(mean=0.0, std=1.0, shift=3.0)
     config.dropout = dict(text=0.1)
     return config

@@ -5,7 +5,7 @@
 
 The second line goes on after a stop.
 
-Expect: four stages, each with its states and ``metrics.jsonl``, and ``runs/nano/export`` with the weights in bfloat16.
+Expect: three stages, each with its states and ``metrics.jsonl``, and ``runs/nano/export`` with the weights in bfloat16.
 How long it takes and how good it gets is in docs/nano.md. Needs no network and no data. Where cores are to spare
 `--only STAGE` trains one: the encoders first, the others side by side.
 """
@@ -19,16 +19,15 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"  # of the twin model's products; bfloat16 on accelerators
     config.watch = dict(log=25, save=200, sample=500)
     config.vae = dict(clips=512)
-    config.audio_vae = dict(steps=800, batch=16, optimizer="muon", learning_rate=3e-3, warmup=50, ema=0.99, b2=0.98)
-    config.audio_decoder = dict(steps=800, batch=16, optimizer="muon", learning_rate=2e-3, warmup=20, ema=0.99)
+    config.audio_vae = dict(steps=7000, batch=16, optimizer="muon", learning_rate=3e-3, warmup=50, ema=0.99, b2=0.98)
     config.twin = dict(
-        steps=1800, batch=16, optimizer="muon", learning_rate=2e-3, warmup=60, ema=0.998,
+        steps=7200, batch=16, optimizer="muon", learning_rate=2e-3, warmup=60, ema=0.998,
         pool=1024,  # clips that are encoded at once and drawn from
         refresh=500,  # steps that a pool serves
-        kinds=("one", "one", "two", "one", "one", "one", "alone", "one"),  # in turn of the calls
+        kinds=("one", "two", "one", "one", "two", "one", "alone", "one"),  # in turn of the calls
         unseen=64,
         first_frame=0.15,
         levels=dict(mean=0.4, std=0.9),
-        dropout=dict(text=0.08, image=0.03, voice=0.03, coupling=0.06, tokens=0.1, adapters=0.1, everything=0.03),
+        dropout=dict(text=0.08, image=0.03, voice=0.03, coupling=0.06, tokens=0.25, adapters=0.1, everything=0.03),
     )  # fmt: skip
     return config

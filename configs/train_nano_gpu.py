@@ -23,8 +23,7 @@ def get_config() -> ConfigDict:
         steps=6000, batch=32, optimizer="muon", learning_rate=1e-3, warmup=100, ema=0.999, steps_per_call=10,
         pool=4096, refresh=2000,
     )  # fmt: skip
-    config.audio_vae.update(steps=3000, batch=64, ema=0.998, steps_per_call=10)
-    config.audio_decoder.update(steps=3000, batch=64, ema=0.998, steps_per_call=10)
+    config.audio_vae.update(steps=6000, batch=64, ema=0.998, steps_per_call=10)
     config.vocoder = dict(
         steps=3000, batch=16, optimizer="muon", learning_rate=2e-3, warmup=50, ema=0.998, steps_per_call=10,
         window=16_384,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 
 from wan_jax.errors import InputError
 from wan_jax.nn import attention as door
-from wan_jax.nn import kernels
+from wan_jax.nn import kernels, tpu_attention
 from wan_jax.nn.attention import attention, attention_to_part, use_attention
 
 TILES = kernels.Tiles(256, 256, 128, 128)  # several of each for the lengths below
@@ -56,6 +57,27 @@ def test_a_part_without_keys_weighs_nothing():
     assert np.isfinite(out).all() and (total[0] < -1e29).all() and (total[1] > -100).all()
 
 
+@pytest.mark.parametrize(("dtype", "near"), [(np.float32, 4e-6), (jnp.bfloat16, 0.02)])
+def test_our_kernel_in_the_interpreter(dtype, near):
+    """Padded tiles, a block that is part there, blocks that are not."""
+    q, k, v = problem(dtype)
+    lengths = jnp.array([200, 77])
+    out, _ = exact(q, k, v, lengths, 0.1)
+    tiles = tpu_attention.Tiles(256, 64, 2**20)
+    ours = kernels.transposed(q, k, v, lengths, scale=0.1, tiles=tiles, interpret=True)
+    np.testing.assert_allclose(np.asarray(ours, np.float64), out, atol=near)
+
+
+def test_scores_beyond_a_fixed_maximum(monkeypatch):
+    """Where weights would vanish splash is taken; its gradients always."""
+    q, k, v = problem(L=128, S=128, N=1)
+    monkeypatch.setattr(kernels, "splash", lambda q, k, v, lengths, *, scale, interpret: 3 * q)
+    run = functools.partial(kernels.transposed, lengths=None, tiles=tpu_attention.Tiles(128, 64, 2**20), interpret=True)
+    assert not np.array_equal(run(q, k, v, scale=0.1), 3 * q)
+    np.testing.assert_array_equal(run(q, k, v, scale=1.0), 3 * q)
+    np.testing.assert_array_equal(jax.grad(lambda q: run(q, k, v, scale=0.1).sum())(q), jnp.full(q.shape, 3.0))
+
+
 @pytest.mark.parametrize(("dtype", "near", "slope"), [(np.float32, 4e-6, 2e-5), (jnp.bfloat16, 0.02, 0.1)])
 def test_splash_in_the_interpreter(dtype, near, slope):
     """Padded tiles, absent keys; output, sums and gradients. In bfloat16 the scaled queries are rounded once more."""
@@ -84,6 +106,7 @@ def test_tiles():
         assert tile % kernels.LANES == 0 and -(-length // tile) * tile == padded
         part = kernels._part(tile, large.compute)
         assert part <= large.compute and tile % part == part % kernels.LANES == 0
+    assert kernels._even_tile(18_944, large.q) == 512  # divides: nothing is padded
 
 
 # ---- the choice --------------------------------------------------------------------------------------------
@@ -124,11 +147,13 @@ def test_impossible_choices(monkeypatch):
     with pytest.raises(InputError, match="attention 'spalsh': use auto, xla, cudnn.*did you mean splash"):
         use_attention("spalsh").__enter__()
     monkeypatch.setenv("WAN_JAX_ATTENTION", "flash")
-    with pytest.raises(InputError, match=r"use auto, xla, cudnn, splash, tokamax \(WAN_JAX_ATTENTION\)"):
+    with pytest.raises(InputError, match=r"use auto, xla, cudnn, splash, transposed, tokamax \(WAN_JAX_ATTENTION\)"):
         chosen(q)
     monkeypatch.delenv("WAN_JAX_ATTENTION")
     seen_as(monkeypatch, "tpu", "TPU v6 lite")
-    with pytest.raises(InputError, match="'cudnn' is for cuda, this program for TPU v6 lite: use xla, splash, tokamax"):
+    with pytest.raises(
+        InputError, match="'cudnn' is for cuda, this program for TPU v6 lite: use xla, splash, transposed, tokamax"
+    ):
         with use_attention("cudnn"):
             chosen(q)
     seen_as(monkeypatch, "tpu", "TPU v6 lite", installed=False)

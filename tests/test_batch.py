@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from PIL import Image
 
 from wan_jax.batch import Item, LostError, Queue, work
 from wan_jax.cli import generate, main, make_parser
-from wan_jax.cli.batch import Lines
+from wan_jax.cli.batch import Lines, _places
 from wan_jax.errors import CheckpointError, NonFiniteError
 from wan_jax.media import read_settings, read_video
 
@@ -130,6 +132,49 @@ def test_ray_is_an_extra(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(["batch", write_lines({"prompt": "x"}), "--model", "m", "--out", "c", "--ray"]) == 2
     assert "pip install wan_jax[ray]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("hosts", "places"),
+    [
+        ([{"CPU": 8}, {"CPU": 16, "GPU": 2.0}], [{"num_gpus": 1}] * 2),
+        ([{"TPU": 4.0, "CPU": 8}, {"CPU": 2}], [{"resources": {"TPU": 4.0}}]),
+        ([{"CPU": 2}, {"CPU": 0.0}, {}], [{"num_cpus": 1, "scheduling_strategy": "SPREAD"}]),
+    ],
+)
+def test_where_ray_puts_workers(hosts, places):
+    nodes = [{"Alive": True, "Resources": host} for host in hosts]
+    assert _places([*nodes, {"Alive": False, "Resources": {"GPU": 8}}]) == places
+
+
+def test_a_killed_worker_of_ray(tiny_folder, monkeypatch):
+    """Two workers, one killed with a clip in its hands: every clip is made, and none that is there again."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    ray.init("local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)  # nobody looks for the GPUs
+    written, killed = {}, []
+
+    def kill() -> None:
+        """The owner of a claim, once a clip is there; then note when each clip is written."""
+        while len(written) < 6:
+            written.update((path.name, path.stat().st_mtime_ns) for path in Path("clips").glob("*.mp4"))
+            if written and not killed:
+                with suppress(OSError, IndexError):
+                    killed.append(int(next(iter(Path("clips/.work").glob("*/owner"))).read_text().split()[1]))
+                    os.kill(killed[0], signal.SIGKILL)
+            time.sleep(0.02)
+
+    path = write_lines(*({"prompt": "a cat", "seed": k, "output": f"{k}.mp4"} for k in range(6)))
+    words = ["batch", path, "--model", str(tiny_folder("t2v")), "--out", "clips", *SHORT, "--num-frames", "5"]
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    try:
+        assert main([*words, "--num-steps", "50", "--lease", "10", "--ray"]) == 0
+    finally:
+        ray.shutdown()
+    killer.join(10)
+    assert killed and names("clips") == sorted(written) == [f"{k}.mp4" for k in range(6)]
+    assert written == {path.name: path.stat().st_mtime_ns for path in Path("clips").iterdir()}
 
 
 def test_a_batch(tiny_folder, capsys, monkeypatch):

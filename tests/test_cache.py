@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,8 @@ def test_programs_are_kept_and_damage_is_told_once(tmp_path):
     made = entries(tmp_path)
     assert said.startswith(f"kept in {tmp_path}/xla/wan_jax-") and "-jax-" in said and len(made) >= 3 and not warned
     assert run(WAN_JAX_HOME=str(tmp_path)) == (said, "") and entries(tmp_path) == made
+    moved = Path(shutil.copytree(said.removeprefix("kept in "), tmp_path / "moved"))
+    assert run(moved)[0] == f"kept in {moved}" and len(entries(moved)) == len(made)
     for path in tmp_path.rglob("*-cache"):
         path.write_bytes(path.read_bytes()[:-20])
     _, warned = run(WAN_JAX_HOME=str(tmp_path))

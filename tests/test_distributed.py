@@ -39,10 +39,9 @@ WAITING_PROGRAM = """
 import sys, time
 from wan_jax import distributed
 
-distributed.HEARTBEAT_SECONDS = 5
 distributed.join("127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2]))
 print("joined", flush=True)
-time.sleep(60)
+time.sleep(90)
 """
 
 

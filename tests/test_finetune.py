@@ -20,7 +20,7 @@ from wan_jax.cli import main
 from wan_jax.config import FusionConfig
 from wan_jax.conversion import tiny_spec
 from wan_jax.errors import InputError
-from wan_jax.media import Clip
+from wan_jax.media import Clip, read_image, read_video
 from wan_jax.models.dit import DiT
 from wan_jax.models.fusion import Fusion
 from wan_jax.parallel import make_mesh
@@ -87,6 +87,8 @@ def test_clips_are_encoded_once_and_come_in_a_fixed_order(clips, t2v, tmp_path, 
     again = ClipFolder(clips, t2v, tmp_path, TO, batch=2, seed=3)
     again.seek(json.loads(json.dumps(feed.position())))
     assert same(again(2, 1)[1], {name: x[2:] for name, x in own.items()})
+    for step in (3, 4, 0):  # in a row, and back
+        assert same(again(step, 1), feed(step, 1))
 
 
 def test_frames_follow_the_rate_and_the_format_of_the_model(tmp_path):
@@ -259,6 +261,19 @@ def write_recipe(path: Path, **settings) -> str:
 
 def train(config: str, model: Path, data: Path, out: Path, *more: str) -> int:
     return main(["train", "--config", config, "--model", str(model), "--data", str(data), "--out", str(out), *more])
+
+
+def test_clips_of_the_model_on_its_way(clips, tiny_folder, tmp_path, caplog, quick_compiler):
+    """What training changes is seen in them, the model itself stays; one that cannot be made stops nothing."""
+    model = wan_jax.load(tiny_folder("t2v"), dtype="float32", offload=False)
+    settings = SETTINGS | {"recipe": SETTINGS["recipe"] | {"ema": 0.0, "learning_rate": 0.1}}
+    settings |= {"watch": {"sample": 1}, "samples": [{"prompt": "a cat", "num_steps": 1}, {"prompt": "", "seed": 2}]}
+    before = model.dit
+    finetune(model, settings, clips, tmp_path)
+    assert model.dit is before and "000001-2: no sample: the prompt is empty" in caplog.text
+    first, second = (read_video(tmp_path / "samples" / f"00000{step}-1.mp4").video for step in (1, 2))
+    assert first.shape == (5, 32, 32, 3) and np.abs(first.astype(float) - second).max() > 3
+    assert read_image(tmp_path / "samples" / "000002-1.png").shape[0] > 32
 
 
 def test_a_lora_from_the_command_line(clips, tiny_folder, tmp_path, caplog, quick_compiler):

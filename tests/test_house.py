@@ -28,6 +28,7 @@ SOURCES = sorted((ROOT / "wan_jax").rglob("*.py"))
 MAY_IMPORT = {
     "wan_jax": "",
     "errors": "",
+    "home": "",
     "config": "",
     "parallel": "config",
     "nn": "config parallel",
@@ -37,18 +38,18 @@ MAY_IMPORT = {
     "media": "config ffmpeg",
     "text": "config",
     "captions": "",
-    "weights": "config parallel models checkpoint",
-    "sampling": "config parallel",  # it is given a velocity function
+    "weights": "config parallel models checkpoint home nn.layers nn.quant nn.stack",
+    "sampling": "config parallel nn.reuse home",  # it is given a velocity function
     "resume": "sampling weights",  # the saved state is a safetensors file
     "request": "config sampling captions",
     "references": "media request",
-    "model": "config parallel models checkpoint text weights",
+    "model": "config parallel models checkpoint text weights nn.layers nn.quant nn.stack",
     "conditions": "config parallel nn models media sampling",
     "sound": "config distributed nn models media references conditions sampling",
     "small": "conditions media text",
     "provenance": "wan_jax config ffmpeg media",
     "distributed": "wan_jax parallel",
-    "cache": "wan_jax",
+    "cache": "wan_jax home",
     "batch": "distributed",
     "pipeline": "wan_jax config parallel distributed nn models model media request references conditions sound sampling"
     " resume weights provenance small",

@@ -353,11 +353,17 @@ def test_what_to_change_comes_in_order_of_cost():
     assert plan.fits is False and plan.offloads
     changes = plan.changes()
     assert [option for option, _ in changes] == [
-        f"{MEMORY_VARIABLE}=0.95", "--guidance sequential", "or --mesh fsdp=2 on rtx4090x2", "or --size 832x480"
+        f"{MEMORY_VARIABLE}=0.95", "--guidance sequential", "--quantize int8"
     ]  # fmt: skip
     peaks = [then.peak / 1e9 for _, then in changes]
     assert peaks[0] == plan.peak / 1e9 and peaks[1] == pytest.approx(35.2, rel=0.01)
-    assert changes[2][1].fits and not changes[3][1].fits
+    assert [then.fits for _, then in changes] == [False, False, True]
+
+    long = plan_for("wan2.1-t2v-14b", "rtx4090", (1920, 1088), 241).changes()
+    assert [option for option, _ in long][3:] == [
+        "--stream-weights", "or --mesh fsdp=4 on rtx4090x4", "or --size 1280x720", "or --size 832x480"
+    ]  # fmt: skip
+    assert [then.fits for _, then in long] == [False] * 4 + [True] * 3
 
     one = plan_for("dreamid-omni", "l40s", offload=False)
     assert not one.fits
@@ -403,7 +409,7 @@ def test_the_plan_in_words(capsys):
     command = "plan --model wan2.1-t2v-14b --size 1280x720 --num-frames 81 --num-steps 40 --device rtx4090"
     assert main(command.split()) == 0
     said = capsys.readouterr().out
-    for part in ("75,600 video", "1,809.7", "does not fit", "--guidance sequential: 35.2 GB", "or --size 832x480"):
+    for part in ("75,600 video", "1,809.7", "does not fit", "--guidance sequential: 35.2 GB", "--quantize int8: "):
         assert part in said
     assert main([*command.split(), "--num-frames", "80"]) == 2
     assert "need 4n+1, try 81" in capsys.readouterr().err

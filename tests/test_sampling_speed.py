@@ -202,10 +202,11 @@ def test_distilled_adapters_of_two_experts(tmp_path, capsys):
 
 def test_phases():
     schedule = make_schedule("distilled", 4, 5.0)  # 1, 0.9375, 0.8333, 0.625
-    assert phases(schedule, None, "batch", (0, 1)) == [Phase(True, "batch", 4)]
-    assert phases(schedule, 0.9, "none", (0.7, 0.95)) == [Phase(True, "none", 2), Phase(False, "none", 4)]
+    assert phases(schedule, None, "batch", (0, 1)) == [Phase(True, "batch", 0, 4)]
+    assert phases(schedule, 0.9, "none", (0.7, 0.95)) == [Phase(True, "none", 0, 2), Phase(False, "none", 2, 4)]
     assert phases(schedule, 0.9, "sequential", (0.7, 0.95)) == [
-        Phase(True, "none", 1), Phase(True, "sequential", 2), Phase(False, "sequential", 3), Phase(False, "none", 4),
+        Phase(True, "none", 0, 1), Phase(True, "sequential", 1, 2), Phase(False, "sequential", 2, 3),
+        Phase(False, "none", 3, 4),
     ]  # fmt: skip
     # The interval is open below and closed above.
     assert [p.stop for p in phases(schedule, None, "batch", (0.625, 0.9375))] == [1, 3, 4]
@@ -230,13 +231,13 @@ def test_without_guidance_a_pass_of_the_prompt_remains():
     """Of any number of passes and for every stream, whatever their weights."""
     batches = []
 
-    def network(latents, timesteps, passes):
+    def network(latents, timesteps, passes, memory):
         batches.append(len(timesteps))
-        return {stream: x + passes for stream, x in latents.items()}
+        return {stream: x + passes for stream, x in latents.items()}, memory
 
     latents = {"video": jnp.zeros((1, 2)), "audio": jnp.zeros((1, 5))}
     weights = {"video": jnp.array([4.0, -3.0]), "audio": jnp.array([3.0, -2.0])}
-    velocity = guided(network, latents, jnp.float32(500), weights, jnp.array([[7.0], [1.0]]), "none")
+    velocity, _ = guided(network, latents, jnp.float32(500), weights, jnp.array([[7.0], [1.0]]), "none")
     assert batches == [1]
     assert {stream: x.tolist() for stream, x in velocity.items()} == {"video": [[7.0] * 2], "audio": [[7.0] * 5]}
 

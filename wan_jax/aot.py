@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,7 +68,9 @@ class Memory(NamedTuple):
         return self.arguments + self.temporaries
 
 
-def step(spec: ModelSpec, request: Request, dtype: Any = jnp.bfloat16) -> tuple[Any, Any]:
+def step(
+    spec: ModelSpec, request: Request, dtype: Any = jnp.bfloat16, quantize: str | None = None
+) -> tuple[Any, Any]:
     """One step of sampling as `pipeline.denoise` runs it, and its arguments by shape: network, condition, state, steps,
     known latents.
     """
@@ -82,7 +84,7 @@ def step(spec: ModelSpec, request: Request, dtype: Any = jnp.bfloat16) -> tuple[
     def run(network: Any, condition: Any, state: Any, steps: Any, pin: Any) -> Any:
         return run_segment(velocity, (network, condition), state, steps, pin)
 
-    return run, (build("dit", spec, dtype), condition, State(*[latents] * 4), steps, condition.pin)
+    return run, (build("dit", spec, dtype, quantize), condition, State(*[latents] * 4), steps, condition.pin)
 
 
 def _array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -137,11 +139,16 @@ def _sound_condition(spec: ModelSpec, request: Request, latents: dict[str, Any])
     return condition
 
 
-def memory_here(
-    device: Device, spec: ModelSpec, request: Request, axes: Mapping[str, int] | None, dtype: str
-) -> Memory:
-    """Compile in this process, whose environment must be that of `environment`."""
-    run, arguments = step(spec, request, DTYPES[dtype])
+def compile_here(
+    device: Device,
+    spec: ModelSpec,
+    request: Request,
+    axes: Mapping[str, int] | None,
+    dtype: str,
+    quantize: str | None = None,
+) -> jax.stages.Compiled:
+    """The program of one step, compiled in this process, whose environment must be that of `environment`."""
+    run, arguments = step(spec, request, DTYPES[dtype], quantize)
     options, platforms = {}, None
     if device.platform == "cpu":
         devices, options = jax.devices(), compiler_options()
@@ -156,10 +163,15 @@ def memory_here(
 
     network, *rest = arguments
     placed = {path: place(x, param_sharding("dit", path, x.shape, mesh)) for path, x in flatten_params(network).items()}
-    begin = time.perf_counter()
     with use_mesh(mesh):
         traced = jax.jit(run, donate_argnums=2).trace(unflatten_like(network, placed), *jax.tree.map(place, rest))
-        memory = traced.lower(lowering_platforms=platforms).compile(options).memory_analysis()
+        return traced.lower(lowering_platforms=platforms).compile(options)
+
+
+def memory_here(*program: Any) -> Memory:
+    """Of the program that `compile_here` makes of these arguments."""
+    begin = time.perf_counter()
+    memory = compile_here(*program).memory_analysis()
     return Memory(memory.argument_size_in_bytes, memory.temp_size_in_bytes, time.perf_counter() - begin)
 
 
@@ -226,13 +238,28 @@ def environment(device: Device) -> dict[str, str]:
 
 
 def ask(
-    device: Device, spec: ModelSpec, request: Request, axes: Mapping[str, int] | None = None, dtype: str = "bfloat16"
+    device: Device,
+    spec: ModelSpec,
+    request: Request,
+    axes: Mapping[str, int] | None = None,
+    dtype: str = "bfloat16",
+    quantize: str | None = None,
 ) -> Memory:
     """Compiler estimate of one step of sampling, from a process of its own.
 
     Args:
         axes: of the mesh over ``device.count`` devices; default all on ``fsdp``.
         dtype: of the matrices, "bfloat16" or "float32".
+        quantize: see `wan_jax.load`.
+    Raises:
+        InputError: the compiler is not installed. WanError: it failed.
+    """
+    return elsewhere(memory_here, device, spec, request, axes, dtype, quantize)
+
+
+def elsewhere(function: Callable[..., Any], device: Device, *args: Any) -> Any:
+    """``function(device, *args)`` in a process of its own, which has the environment of the compiler for ``device``.
+
     Raises:
         InputError: the compiler is not installed. WanError: it failed.
     """
@@ -242,7 +269,7 @@ def ask(
 
     with _variables(environment(device)), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
-            return pool.submit(memory_here, device, spec, request, axes, dtype).result()
+            return pool.submit(function, device, *args).result()
         except (BrokenProcessPool, jax.errors.JaxRuntimeError) as error:
             raise WanError(f"the compiler for {device} failed: {str(error).splitlines()[0]}") from error
 

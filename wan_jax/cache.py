@@ -14,6 +14,7 @@ import jax
 import jaxlib
 
 import wan_jax
+from wan_jax.home import home
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +45,15 @@ def keep_programs(choice: str | None = None) -> str:
     if str(folder) != jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # many small ones are a cold start too
+        # The path of XLA's own cache of tuned fusions would be part of every key, on a CPU and a TPU too: programs
+        # would be lost when the folder is moved, or mounted elsewhere. They hold what was tuned anyway.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     _warn_once(folder)
     return f"kept in {folder}" + ("" if os.access(folder, os.W_OK | os.X_OK) else ", which is write-protected")
 
 
 def _default() -> Path:
-    home = Path(os.environ.get("WAN_JAX_HOME") or "~/.cache/wan_jax")
-    return home / "xla" / f"wan_jax-{wan_jax.__version__}-jax-{jax.__version__}-jaxlib-{jaxlib.__version__}"
+    return home() / "xla" / f"wan_jax-{wan_jax.__version__}-jax-{jax.__version__}-jaxlib-{jaxlib.__version__}"
 
 
 def _warn_once(folder: Path) -> None:

@@ -62,6 +62,7 @@ def check_folder(folder: str | Path) -> dict[str, Coverage]:
 
 def import_folder(model: Model, target: str | Path, say: Say = print) -> None:
     """Write a model as Orbax checkpoints, one network at a time; the manifest last: without it nothing is there."""
+    model.need_full_weights("a conversion")
     target = new_folder(target)
     for part in model.parts:
         say(f"{part}: reading {model.files.parts[part]}")
@@ -106,6 +107,7 @@ def export_folder(
         parts: networks to write, default all. ComfyUI and diffusers take the transformer alone too.
         dtype: of the tensors; default that of the loaded model.
     """
+    model.need_full_weights("an export")
     chosen = tuple(parts or model.parts)
     for part in set(chosen) - set(model.parts):
         raise InputError(f"{model.spec.name} has no {part}: it has {', '.join(model.parts)}")
@@ -129,6 +131,7 @@ def add_adapters(base: Model, encoder: Model, target: str | Path, *, seed: int =
         base: DreamID-Omni, or another model with references and without adapters.
         encoder: a model whose image encoder sees the references (Wan2.1 picture to video).
     """
+    base.need_full_weights("a base for adapters")
     if not base.spec.needs_references:
         raise InputError(f"{base.spec.name} is no base for adapters: give dreamid-omni, or a folder of it")
     if encoder.spec.clip is None:

@@ -23,10 +23,11 @@ from wan_jax.errors import InputError, WanError, nearest
 MESH_AXES = ("data", "fsdp", "seq", "tensor")
 
 # Logical axis -> mesh axis. The contracted width of a weight is cut by fsdp, the wide side by tensor.
-WEIGHT_AXES: dict[str | None, str | None] = {
+WEIGHT_AXES: dict[str | None, str | tuple[str, ...] | None] = {
     "layer": None,
     "in": "fsdp",
     "out": "tensor",
+    "row": ("tensor", "fsdp"),  # of a quantised matrix: rows are gathered as they lie, columns would be turned for it
     "vocab": "tensor",
     None: None,
 }
@@ -146,15 +147,41 @@ def activation_spec(shape: Sequence[int], *axes: str | None) -> PartitionSpec:
     return _spec(shape, [ACTIVATION_AXES[a] for a in axes], dict(mesh.shape))
 
 
+def whole(weights: Any) -> Any:
+    """The weights of one layer, gathered from the devices that share them over ``fsdp``; gradients stay where they are.
+
+    Left to itself, the partitioner of TPUs may multiply piece by piece, as the pieces come round: by the figures of its
+    compiler 2.5 times the time. Weights that ``tensor`` cuts as well are left to it.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    if sizes.get("fsdp", 1) == 1 or sizes.get("tensor", 1) > 1:
+        return weights
+    return jax.tree.map(_gathered, weights)
+
+
+@jax.custom_vjp
+def _gathered(x: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+_gathered.defvjp(lambda x: (_gathered(x), None), lambda _, slope: (slope,))
+
+
 def param_sharding(network: str, path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """Sharding of the parameter at ``path`` of ``network`` (a key of `RULES`).
+
+    A quantised kernel is held turned, [out, in], and cut by rows for ``fsdp``; its scales follow the rows.
 
     Raises:
         WanError: no rule matches, or the rule has another number of axes than the parameter.
     """
+    turned = path.endswith((".kernel.values", ".kernel.scale"))
+    kernel = path.rpartition(".")[0] if turned else path
     for pattern, axes in RULES[network]:
-        if re.fullmatch(pattern, path):
+        if re.fullmatch(pattern, kernel):
             axes = axes or (None,) * len(shape)
+            if turned:
+                axes = (*axes[:-2], *(("row", None) if axes[-2:] == ("in", "out") else ("in", "out")))
             if len(axes) != len(shape):
                 raise WanError(
                     f"sharding rule {pattern!r} has {len(axes)} axes, {network} {path} has shape {tuple(shape)}"

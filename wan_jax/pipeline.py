@@ -35,6 +35,7 @@ from wan_jax.media import Clip, read_image
 from wan_jax.model import Model
 from wan_jax.models.fusion import STREAMS
 from wan_jax.models.vae import to_uint8
+from wan_jax.nn.reuse import Reuse
 from wan_jax.parallel import compiler_options, use_mesh
 from wan_jax.provenance import RECORD, mark
 from wan_jax.references import CONSENT, Reference, letterbox, resolve_references
@@ -43,6 +44,7 @@ from wan_jax.resume import Resume
 from wan_jax.sampling.guidance import classifier_free, expert_steps, guided, phases
 from wan_jax.sampling.sampler import Progress, Velocity, make_steps, sample, start
 from wan_jax.sampling.solvers import State
+from wan_jax.sampling.step_cache import prepare
 from wan_jax.small import warn_of_other_worlds
 from wan_jax.sound import (
     SoundCondition,
@@ -66,25 +68,31 @@ PROMPTS_KEPT = 16  # features of earlier prompts, 4 MB each: a batch has thousan
 def dit_velocity(guidance: str) -> Velocity:
     """The velocity function of a DiT and a `Condition` under one mode of guidance."""
 
-    def velocity(args: tuple[Any, Condition], latents: Array, timestep: Array, scale: Array) -> Array:
+    def velocity(
+        args: tuple[Any, Condition], latents: Array, timestep: Array, scale: Array, reuse: Reuse | None = None
+    ) -> Any:
         dit, condition = args
 
-        def network(latents: Array, timesteps: Array, text: Array) -> Array:
+        def network(latents: Array, timesteps: Array, text: Array, added: Any) -> tuple[Array, Any]:
             def each(x: Array | None) -> Array | None:
                 return None if x is None else jnp.broadcast_to(x, (latents.shape[0], *x.shape[1:]))
 
             if condition.token_time is not None:
                 timesteps = jnp.stack([timesteps, jnp.zeros_like(timesteps)], axis=-1)
-            return dit(
+            out = dit(
                 latents,
                 timesteps,
                 text,
                 condition_BTHWC=each(condition.video_BTHWC),
                 image_BIC=each(condition.image_BIC),
                 token_time=condition.token_time,
+                reuse=reuse and reuse._replace(added=added),
             )
+            return out if reuse else (out, None)
 
-        return guided(network, latents, timestep, classifier_free(scale), condition.text_GSC, guidance)
+        added = reuse and reuse.added
+        out = guided(network, latents, timestep, classifier_free(scale), condition.text_GSC, guidance, added)
+        return out if reuse else out[0]
 
     return velocity
 
@@ -224,6 +232,15 @@ def denoise(
         states[i] if i in states else (0, start(x, condition.pin, schedule.noise_scale)) for i, x in enumerate(noises)
     ]
     every = phases(schedule, spec.boundary, request.guidance, request.guidance_interval)
+    levels = schedule.sigmas[:-1]
+    skip, measure = prepare(spec.name, request.step_cache, levels, [phase.start for phase in every])
+
+    def update(i: int, now: Progress) -> None:
+        if measure:
+            measure.update(levels[now.step - 1], now.state.added)
+        if callback:
+            callback(i, now)
+
     for part, high_noise in (("dit", True), ("dit_low", False)):
         ours = [phase for phase in every if phase.high_noise == high_noise]
         if all(done >= phase.stop for done, _ in runs for phase in ours):
@@ -232,14 +249,18 @@ def denoise(
         for i, phase in itertools.product(range(len(runs)), ours):
             (done, state), now = runs[i], replace(request, guidance=phase.mode)
             velocity, guidance = make_velocity(spec, now, condition, schedule.timesteps, high)
+            if done <= phase.start:
+                state = state._replace(added=None)  # was of other passes, or of the other expert
             state = sample(
-                velocity, args, state, make_steps(request.solver, schedule, guidance, request.seeds[i]),
+                velocity, args, state, make_steps(request.solver, schedule, guidance, request.seeds[i], skip),
                 first=done, last=max(phase.stop, done), pin=condition.pin, segment=segment,
-                callback=functools.partial(callback, i) if callback else None,
+                callback=functools.partial(update, i),
             )  # fmt: skip
             runs[i] = (max(phase.stop, done), state)
         del args
         _free(model, part)
+    if measure:
+        measure.keep(spec.name, levels)
     return [state.sample for _, state in runs]
 
 
@@ -371,6 +392,8 @@ def settings(model: Model, request: Request, seed: int, noise: Any = None) -> di
     """Everything that made a clip, JSON-ready: the request, the weights' dtype, adapters and versions."""
     hashes = [array_hash(np.asarray(x)) for x in jax.tree.leaves(noise)]
     given = {"noise_sha256": " ".join(hashes)} if hashes else {}
+    if model.quantize:
+        given["quantize"] = model.quantize
     return request.settings(seed) | given | {
         "dtype": jnp.dtype(model.dtype).name,
         "loras": [{"name": lora.name, "strength": lora.strength} for lora in model.loras],
@@ -448,7 +471,7 @@ def generate(
         watermark_key: a secret; by default the public key, with which anyone can verify.
         badge: also write "AI" into a corner of the picture.
         options: ``negative_prompt, size, aspect, num_frames, fps, num_steps, shift, sigma_max, guidance_scale,
-            guidance_interval, solver, guidance, tiled`` of `wan_jax.request.resolve`, and those of
+            guidance_interval, solver, guidance, step_cache, tiled`` of `wan_jax.request.resolve`, and those of
             `wan_jax.request.resolve_sound` for models with sound; defaults are the model's official ones.
     Returns:
         A `Clip`, or a list of them for several seeds.

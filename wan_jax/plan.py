@@ -23,9 +23,10 @@ import jax
 from wan_jax.checkpoint import flatten_params
 from wan_jax.config import DiTConfig, FusionConfig, ModelSpec
 from wan_jax.errors import InputError, nearest
-from wan_jax.model import DTYPES, RESIDENT_SHARE, build
+from wan_jax.model import DTYPES, RESIDENT_SHARE, build, check_quantize, streams
 from wan_jax.models.vae import TILE
 from wan_jax.nn.attention import SCORE_BYTES_ACCELERATOR
+from wan_jax.nn.stack import is_streamed
 from wan_jax.parallel import ACTIVATION_AXES, MESH_AXES, free_host_memory, make_mesh, param_sharding
 from wan_jax.request import Request
 from wan_jax.sound import num_voice_latents
@@ -45,6 +46,7 @@ class Device:
         matmul: TFLOP/s that bf16 products were measured to reach; 0 if not known.
         kinds: beginnings of what JAX calls such a device.
         cores: what the number in the name of a slice counts, per device: v5p-8 has 8 cores, two to a device.
+        fp8: it multiplies 8-bit floats, at twice the rate of bfloat16, as published.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Device:
     matmul: float = 0.0
     kinds: tuple[str, ...] = ()
     cores: int = 1
+    fp8: bool = False
     count: int = 1
 
     def __str__(self) -> str:
@@ -85,12 +88,12 @@ DEVICES = {
         Device("v6e", "tpu", 32, 918, 918 / 6, kinds=("TPU v6 lite", "TPU v6e")),
         Device("v7x", "tpu", 96, 1153.5, 1153.5 / 6, kinds=("TPU7x", "TPU v7x")),
         Device("a100", "cuda", 80, 312, 19.5, kinds=("NVIDIA A100",)),
-        Device("h100", "cuda", 80, 989, 67, kinds=("NVIDIA H100",)),
-        Device("h200", "cuda", 141, 989, 67, matmul=790, kinds=("NVIDIA H200",)),
-        Device("b200", "cuda", 180, 2250, 75, kinds=("NVIDIA B200",)),
-        Device("l40s", "cuda", 48, 362, 91.6, kinds=("NVIDIA L40S",)),
-        Device("rtx4090", "cuda", 24, 165.2, 82.6, kinds=("NVIDIA GeForce RTX 4090",)),
-        Device("rtx5090", "cuda", 32, 209.5, 104.8, kinds=("NVIDIA GeForce RTX 5090",)),
+        Device("h100", "cuda", 80, 989, 67, kinds=("NVIDIA H100",), fp8=True),
+        Device("h200", "cuda", 141, 989, 67, matmul=790, kinds=("NVIDIA H200",), fp8=True),
+        Device("b200", "cuda", 180, 2250, 75, kinds=("NVIDIA B200",), fp8=True),
+        Device("l40s", "cuda", 48, 362, 91.6, kinds=("NVIDIA L40S",), fp8=True),
+        Device("rtx4090", "cuda", 24, 165.2, 82.6, kinds=("NVIDIA GeForce RTX 4090",), fp8=True),
+        Device("rtx5090", "cuda", 32, 209.5, 104.8, kinds=("NVIDIA GeForce RTX 5090",), fp8=True),
         Device("cpu", "cpu", 0, 0, 0, kinds=("cpu",)),
     )
 }
@@ -131,21 +134,29 @@ def this_device(devices: list[Any]) -> Device:
 # ---- memory ------------------------------------------------------------------------------------------------
 
 
-def weight_bytes(spec: ModelSpec, part: str, dtype: str, mesh: jax.sharding.Mesh | None) -> int:
-    """Bytes of one network's parameters on one device."""
+def weight_bytes(
+    spec: ModelSpec,
+    part: str,
+    dtype: str,
+    mesh: jax.sharding.Mesh | None,
+    quantize: str | None = None,
+    stream: bool = False,
+) -> int:
+    """Bytes of one network's parameters on one device; ``stream``: of the kernels that do so one layer."""
     network = "dit" if part == "dit_low" else part
 
     def size(path: str, leaf: Any) -> int:
         shape = leaf.shape if mesh is None else param_sharding(network, path, leaf.shape, mesh).shard_shape(leaf.shape)
-        return math.prod(shape) * leaf.dtype.itemsize
+        here = math.prod(shape) * leaf.dtype.itemsize
+        return here // leaf.shape[0] if stream and streams(part) and is_streamed(path) else here
 
-    return sum(size(path, leaf) for path, leaf in _shapes(spec, network, dtype).items())
+    return sum(size(path, leaf) for path, leaf in _shapes(spec, network, dtype, quantize).items())
 
 
 @functools.cache
-def _shapes(spec: ModelSpec, part: str, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
+def _shapes(spec: ModelSpec, part: str, dtype: str, quantize: str | None) -> dict[str, jax.ShapeDtypeStruct]:
     """Parameters by path; a plan and what it proposes to change ask for the same ones."""
-    return flatten_params(build(part, spec, DTYPES[dtype]))
+    return flatten_params(build(part, spec, DTYPES[dtype], quantize))
 
 
 def _share(size: int, axis: str, axes: Mapping[str, int]) -> int:
@@ -156,25 +167,35 @@ def _share(size: int, axis: str, axes: Mapping[str, int]) -> int:
     return size
 
 
-def step_bytes(cfg: DiTConfig, tokens: int, batch: int, itemsize: int, axes: Mapping[str, int], platform: str) -> float:
+def step_bytes(
+    cfg: DiTConfig,
+    tokens: int,
+    batch: int,
+    itemsize: int,
+    axes: Mapping[str, int],
+    platform: str,
+    quantize: str | None = None,
+) -> float:
     """Temporary memory of one forward on one device.
 
     The larger of two moments: in the MLP the stream before and after the cross-attention (float32) beside the input
     and the hidden layer; in self-attention the stream beside queries, keys and values, what several devices trade of
-    them, and the scores of one chunk where no kernel of ``nn/kernels.py`` keeps them to itself.
+    them, and the scores of one chunk where no kernel of ``nn/kernels.py`` keeps them to itself. Where products round
+    what they multiply (``nn/quant.py``), that stands beside it, in one byte.
     """
     d, size = cfg.dim, itemsize
     devices = axes.get("fsdp", 1) * axes.get("seq", 1)
     rows = _share(batch, "B", axes) * -(-tokens // devices)
-    mlp = rows * ((2 * 4 + size) * d + size * cfg.ffn_dim)
+    rounded = int(quantize == "fp8" and platform == "cuda")
+    mlp = rows * ((2 * 4 + size) * d + (size + rounded) * cfg.ffn_dim)
     traded = rows * 4 * size * d if devices > 1 else 0
     kernel = size == 2 and platform in ("cuda", "tpu")
     scores = 0 if kernel else (1 + size / 4) * SCORE_BYTES_ACCELERATOR
-    attention = rows * (4 + 4 * size) * d + traded + scores
+    attention = rows * (4 + 4 * size + rounded) * d + traded + scores
     matrices = size * d * cfg.ffn_dim
     if axes.get("fsdp", 1) > 1:  # the weights of one block, whole
         matrices = size * (8 * d**2 + 2 * d * cfg.ffn_dim)
-    return max(mlp, attention) + matrices + 4 * tokens * cfg.head_dim
+    return max(mlp, attention) + matrices + 8 * tokens * cfg.head_dim
 
 
 def stem_bytes(cfg: DiTConfig, itemsize: int) -> int:
@@ -211,7 +232,8 @@ class Stage(NamedTuple):
 class Plan:
     """What one request needs on one device. Built by `make_plan`.
 
-    ``dtype`` is that of the matrices, ``axes`` the mesh, ``offload`` whether one network is held at a time.
+    ``dtype`` is that of the matrices, or with ``quantize`` of the products; ``axes`` the mesh, ``offload`` whether one
+    network is held at a time, ``stream`` whether matrices stay on the host.
     """
 
     spec: ModelSpec
@@ -220,6 +242,8 @@ class Plan:
     dtype: str
     axes: dict[str, int]
     offload: bool | None
+    quantize: str | None = None
+    stream: bool = False
 
     @property
     def offloads(self) -> bool:
@@ -231,7 +255,8 @@ class Plan:
     @functools.cached_property
     def _weights(self) -> dict[str, int]:
         mesh = make_mesh(self.axes, [object()] * self.device.count) if self.device.count > 1 else None
-        return {part: weight_bytes(self.spec, part, self.dtype, mesh) for part in spec_parts(self.spec)}
+        held = self.dtype, mesh, self.quantize, self.stream
+        return {part: weight_bytes(self.spec, part, *held) for part in spec_parts(self.spec)}
 
     @functools.cached_property
     def clip_tokens(self) -> dict[str, int]:
@@ -298,11 +323,15 @@ class Plan:
     def stages(self) -> tuple[Stage, ...]:
         return tuple(stage for stage in (self._text(), self._conditions(), self._denoise(), self._decode()) if stage)
 
-    def _stage(self, name: str, work: float, dtype: str, parts: tuple[str, ...], activations: float) -> Stage:
-        published, measured = self.device.bf16, self.device.matmul
+    def _stage(
+        self, name: str, work: float, dtype: str, parts: tuple[str, ...], activations: float, eight_bits: float = 0.0
+    ) -> Stage:
+        """``eight_bits``: the part of the work at twice the published rate."""
+        published, measured = self.device.bf16, 0.0 if eight_bits else self.device.matmul
         if dtype == "float32":
             published, measured = self.device.float32, 0.0
-        seconds = [work / (rate * 1e12 * self.device.count) if rate else None for rate in (published, measured)]
+        least = (work - eight_bits / 2) / 1e12 / self.device.count
+        seconds = [least / rate if rate else None for rate in (published, measured)]
         weights = {part: self._weights[part] for part in parts if part in self._weights}
         return Stage(name, work, tuple(seconds), weights, activations)
 
@@ -331,13 +360,15 @@ class Plan:
 
     def _denoise(self) -> Stage:
         cfg, batch, size = self.spec.dit, self.passes if self.request.guidance == "batch" else 1, self._itemsize
-        activations = step_bytes(cfg, sum(self.tokens.values()), batch, size, self.axes, self.device.platform)
+        where = self.axes, self.device.platform, self.quantize
+        activations = step_bytes(cfg, sum(self.tokens.values()), batch, size, *where)
         if batch < self.passes:
             activations += stem_bytes(cfg, size)
         text = (1 + isinstance(cfg, FusionConfig)) * self.passes * 4 * cfg.text_len * cfg.text_dim
         state = 4 * self.tokens["video"] * math.prod(cfg.patch_size) * (4 * cfg.out_dim + cfg.in_dim)
         work = self.forward.total * self.forwards
-        return self._stage("denoise", work, self.dtype, ("dit", "dit_low"), activations + text + state)
+        eight_bits = self.forward.linear * self.forwards if self.quantize == "fp8" and self.device.fp8 else 0.0
+        return self._stage("denoise", work, self.dtype, ("dit", "dit_low"), activations + text + state, eight_bits)
 
     def _decode(self) -> Stage:
         request, cfg = self.request, self.spec.vae
@@ -417,6 +448,10 @@ class Plan:
             yield f"--mesh fsdp={count}", lambda now: replace(now, axes=_axes({"fsdp": count}))
         if not self.request.tiled:
             yield "--tiled", lambda now: replace(now, request=replace(now.request, tiled=True))
+        if not self.quantize:
+            yield "--quantize int8", lambda now: replace(now, quantize="int8")
+        if not self.stream and self.device.platform != "cpu":  # there the host's memory is the device's
+            yield "--stream-weights", lambda now: replace(now, stream=True)
 
     def _dear(self) -> Iterator[tuple[str, Plan]]:
         """More devices, or a smaller clip."""
@@ -446,10 +481,13 @@ def make_plan(
     dtype: str = "bfloat16",
     axes: Mapping[str, int] | None = None,
     offload: bool | None = None,
+    quantize: str | None = None,
+    stream: bool = False,
 ) -> Plan:
     """What ``request`` needs on ``device``.
 
     Args:
+        quantize, stream: see `wan_jax.load`.
         axes: sizes of the mesh over all of ``device``; default everything on ``fsdp``.
         offload: hold one network at a time; None decides as `wan_jax.load` does.
     Raises:
@@ -457,8 +495,9 @@ def make_plan(
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype={dtype}: use {' or '.join(DTYPES)}")
+    check_quantize(quantize)
     mesh = make_mesh(axes, [object()] * device.count)
-    return Plan(spec, request, device, dtype, dict(mesh.shape), offload)
+    return Plan(spec, request, device, dtype, dict(mesh.shape), offload, quantize, stream)
 
 
 def summary(
@@ -467,11 +506,14 @@ def summary(
     mesh: jax.sharding.Mesh | None,
     dtype: str = "bfloat16",
     offload: bool | None = None,
+    quantize: str | None = None,
+    stream: bool = False,
 ) -> str:
     """One line on what this request takes here, before anything is loaded."""
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     axes = mesh and dict(mesh.shape)
-    return describe(make_plan(spec, request, this_device(devices), dtype=dtype, axes=axes, offload=offload))
+    device, how = this_device(devices), {"dtype": dtype, "quantize": quantize, "stream": stream}
+    return describe(make_plan(spec, request, device, axes=axes, offload=offload, **how))
 
 
 def describe(plan: Plan) -> str:

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 AREA_480P = 832 * 480
 MAX_SEED = 2**63 - 1
+FULL_SCHEDULE = 15  # steps from which neighbours are alike enough for a step cache
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Request:
     guidance_interval: tuple[float, float]
     solver: str
     guidance: str
+    step_cache: float
     tiled: bool
     seeds: tuple[int, ...]
     image: np.ndarray | None = None
@@ -138,6 +140,7 @@ def resolve(
     guidance_interval: Sequence[float] | None = None,
     solver: str = "unipc",
     guidance: str = "batch",
+    step_cache: float | None = None,
     tiled: bool = False,
     seed: int | Sequence[int] = 0,
     **sound: Any,
@@ -157,6 +160,9 @@ def resolve(
             are four steps, shift 5 and no guidance.
         guidance: "batch" or "sequential" (the prompt and the negative prompt one after the other: less memory).
             A guidance scale of 1 needs no negative prompt and runs one pass.
+        step_cache: 0 runs every step; 0.05 (careful) to 0.2 (bold) leaves out the network's blocks where they would
+            add what they added before, see `wan_jax.sampling.step_cache`. The first clip of a model that was never
+            measured runs every step and measures it.
         tiled: decode in tiles of the picture, for frames that do not fit; differs slightly, see `VAE.decode_tiled`.
         sound: options of models with sound, see `resolve_sound`.
     Raises:
@@ -208,6 +214,11 @@ def resolve(
     if solver in FEW_STEPS and scale not in (1.0, (1.0, 1.0)):
         log.warning("models for solver %s need no guidance: a scale of 1 runs one pass per step", solver)
     guidance = check_mode(_typed("guidance", guidance, str, "batch"))
+    step_cache = _typed("step_cache", step_cache, float, 0.0)
+    if not 0 <= step_cache <= 1:
+        raise InputError(f"step_cache={step_cache:g}: need 0 (off) to 1, try 0.1")
+    if step_cache and num_steps < FULL_SCHEDULE:
+        log.warning("%d steps leave little to reuse: a step cache is meant for %d and more", num_steps, FULL_SCHEDULE)
     seeds = tuple(_typed("seed", s, int) for s in (seed if _is_sequence(seed) else (seed,)))
     for s in seeds:
         if not 0 <= s <= MAX_SEED:
@@ -234,6 +245,7 @@ def resolve(
         guidance_interval=interval,
         solver=solver,
         guidance="none" if scale in (1.0, (1.0, 1.0)) and not heard else guidance,
+        step_cache=step_cache,
         tiled=_typed("tiled", tiled, bool, False),
         seeds=seeds,
         image=image,
@@ -484,8 +496,9 @@ def from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `resolve` out of settings embedded in a file. Nothing that names a path is taken from there."""
     known = (
         "prompt", "negative_prompt", "size", "num_frames", "fps", "num_steps", "shift", "sigma_max", "guidance_scale",
-        "guidance_interval", "solver", "guidance", "tiled", "seed", "audio", "video", "audio_negative_prompt",
-        "audio_guidance_scale", "image_guidance", "voice_guidance", "sync_guidance", "clean_voice",
+        "guidance_interval", "solver", "guidance", "step_cache", "tiled", "seed", "audio", "video",
+        "audio_negative_prompt", "audio_guidance_scale", "image_guidance", "voice_guidance", "sync_guidance",
+        "clean_voice",
     )  # fmt: skip
     kwargs = {name: settings[name] for name in known if name in settings}
     if kwargs.get("guidance") == "none":  # follows from the scale

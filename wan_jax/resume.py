@@ -79,7 +79,10 @@ class Resume:
 
     def _write(self, path: Path, states: dict[int, tuple[int, State]]) -> None:
         tensors = {
-            f"{i}.{name}": np.asarray(x) for i, (_, s) in states.items() for name, x in _flatten(s._asdict()).items()
+            f"{i}.{name}": np.asarray(x)
+            for i, (_, s) in states.items()
+            for name, x in _flatten(s._asdict()).items()
+            if x is not None
         }
         done = {i: steps for i, (steps, _) in states.items()}
         path.parent.mkdir(parents=True, exist_ok=True)

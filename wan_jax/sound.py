@@ -22,6 +22,7 @@ from wan_jax.media import to_unit
 from wan_jax.models.identity import voice_features
 from wan_jax.nn.mel import griffin_lim, mel_spectrogram
 from wan_jax.nn.positions import reference_positions
+from wan_jax.nn.reuse import Reuse
 from wan_jax.references import letterbox
 from wan_jax.sampling.guidance import guided
 from wan_jax.sampling.sampler import Velocity
@@ -118,10 +119,16 @@ def fusion_velocity(
     """
     times = {"video": video_times, "audio": audio_times}
 
-    def velocity(args: tuple[Any, SoundCondition], latents: dict[str, Array], timestep: Array, weights: Any) -> Any:
+    def velocity(
+        args: tuple[Any, SoundCondition],
+        latents: dict[str, Array],
+        timestep: Array,
+        weights: Any,
+        reuse: Reuse | None = None,
+    ) -> Any:
         fusion, condition = args
 
-        def network(latents: dict[str, Array], timesteps: Array, passes: Passes) -> dict[str, Array]:
+        def network(latents: dict[str, Array], timesteps: Array, passes: Passes, added: Any) -> tuple[Any, Any]:
             def shown(stream: str, x: Array) -> Array:
                 """The references [1, ...] of a stream for every pass; zero where it does without."""
                 return x * passes.keep[stream].reshape(-1, *[1] * (x.ndim - 1))
@@ -146,10 +153,13 @@ def fusion_velocity(
                 voice_BRTF=None if voice is None else shown("audio", voice),
                 coupled_B=passes.coupled_G if fusion.cfg.coupling else None,
                 skip_B=passes.skip_G,
+                reuse=reuse and reuse._replace(added=added),
             )
-            return {stream: out[stream][:, : x.shape[1]] for stream, x in latents.items()}
+            out, added = out if reuse else (out, None)
+            return {stream: out[stream][:, : x.shape[1]] for stream, x in latents.items()}, added
 
-        return guided(network, latents, timestep, weights, condition.passes, mode)
+        out = guided(network, latents, timestep, weights, condition.passes, mode, reuse and reuse.added)
+        return out if reuse else out[0]
 
     return velocity
 

@@ -65,7 +65,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     if not args.lease >= 1:
         raise InputError(f"--lease {args.lease:g}: need 1 or more seconds")
-    if args.ray:
+    if args.ray and not args.dry_run:
         return _on_ray(args)
     from wan_jax.batch import work
     from wan_jax.distributed import is_first
@@ -258,6 +258,8 @@ def _key(way: generate.Way, request: Request, seed: int) -> str:
     """Of all that makes a clip."""
     loras, marks = [(lora.name, lora.strength) for lora in way.loras], sorted(way.marks)
     about = request.settings(seed) | {"model": way.model, "dtype": way.dtype, "loras": loras, "marks": marks}
+    if way.quantize:
+        about["quantize"] = way.quantize
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -306,15 +308,18 @@ def _on_ray(args: argparse.Namespace) -> int:
     ray.init(ignore_reinit_error=True)
     workers = [Worker.options(**resources).remote() for resources in _places(ray.nodes())]
     log.info("%d workers", len(workers))
-    return max(ray.get([worker.run.remote(os.getcwd(), values) for worker in workers]))
+    codes = []
+    for running in [worker.run.remote(os.getcwd(), values) for worker in workers]:
+        try:
+            codes.append(ray.get(running))
+        except ray.exceptions.RayError as error:  # died too often, or does not see the folder
+            log.error("a worker is lost: %s", error)
+    return min(codes, default=1)  # a worker that returns 0 has seen every file
 
 
-def _places(nodes: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Resources of each worker: one GPU, all TPU chips of a host, or a host that has neither."""
-    for node in nodes:
-        if node["Alive"]:
-            found = node["Resources"]
-            if gpus := int(found.get("GPU", 0)):
-                yield from [{"num_gpus": 1}] * gpus
-            else:
-                yield {"resources": {"TPU": found["TPU"]}} if found.get("TPU") else {"num_cpus": 1}
+def _places(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Resources of each worker: one GPU, or all TPU chips of a host; CPUs only where no host has either."""
+    hosts = [node["Resources"] for node in nodes if node["Alive"]]
+    places: list[dict[str, Any]] = [{"num_gpus": 1} for host in hosts for _ in range(int(host.get("GPU", 0)))]
+    places += [{"resources": {"TPU": host["TPU"]}} for host in hosts if host.get("TPU")]
+    return places or [{"num_cpus": 1, "scheduling_strategy": "SPREAD"} for host in hosts if host.get("CPU", 0) >= 1]

@@ -28,7 +28,10 @@ Ctrl-C prints the table of what was made so far, from 8 clips on.
 For a clip of a real person nothing learned is used: colour drift within 3 is steady, sound within 2 frames of the
 lips is in sync. Faces are found with the extra `faces`; without them there is no row of sync and likeness.
 """
-SAMPLING = ("num_steps", "guidance_scale", "audio_guidance_scale", "image_guidance", "voice_guidance", "sync_guidance")
+SAMPLING = (
+    "num_steps", "step_cache", "guidance_scale", "audio_guidance_scale", "image_guidance", "voice_guidance",
+    "sync_guidance",
+)  # fmt: skip
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:

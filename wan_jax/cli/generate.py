@@ -41,10 +41,11 @@ Every file carries its settings; --from reads them back. Options of the command 
 output: repeat the command to continue. Exit codes: 0 done, 1 failed, 2 wrong use, 3 out of memory, 130 interrupted.
 """
 DTYPES = ("bfloat16", "float32")
+KINDS = ("int8", "fp8")  # of `wan_jax.nn.quant`
 NOT_SETTINGS = ("config", "source", "dry_run", "sheet", "profile", "quiet", "run", "parser", *OPTIONS)
 # What belongs to a way of running, whatever is asked for; see `Way`.
-OF_THE_WAY = ("model", "dtype", "mesh", "lora", "offload", "offline", "segment", "watermark", "watermark_key", "badge",
-              "c2pa_cert", "c2pa_key", "embed_prompt")  # fmt: skip
+OF_THE_WAY = ("model", "dtype", "quantize", "stream_weights", "mesh", "lora", "offload", "offline", "segment",
+              "watermark", "watermark_key", "badge", "c2pa_cert", "c2pa_key", "embed_prompt")  # fmt: skip
 # Settings that a recipe cannot have: they belong to one run, not to a way of running.
 NOT_IN_RECIPES = ("references", "describe", "i_have_consent", "watermark_key", "c2pa_cert", "c2pa_key")
 
@@ -110,6 +111,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--guidance-scale", type=float, nargs="+", help="one number, or LOW HIGH for two experts; 1 is off"
     )
     how.add_argument(
+        "--step-cache", type=float, metavar="X",
+        help="leave out the blocks of steps that change little: 0.05 is careful, 0.2 bold (default 0: none)",
+    )  # fmt: skip
+    how.add_argument(
         "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="noise levels between which guidance acts, e.g. 0.2 0.9; other steps run one pass (default 0 1)",
     )  # fmt: skip
@@ -125,6 +130,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     where = parser.add_argument_group("where and in what precision")
     where.add_argument("--dtype", choices=DTYPES, help="default bfloat16")
+    where.add_argument(
+        "--quantize", choices=KINDS, help="one byte per weight, half the memory, nearly the same clip: int8 on every"
+        " device; fp8 is less exact, and also multiplies in 8 bits on NVIDIA GPUs from Ada and Hopper on",
+    )  # fmt: skip
+    where.add_argument(
+        "--stream-weights", action="store_true", default=None,
+        help="weights stay in the memory of the host and come layer by layer, in every pass: the same clip, and a large"
+        " model on a small card",
+    )  # fmt: skip
     where.add_argument("--mesh", help="devices, e.g. fsdp=8 or data=2,seq=4; default: one, with --distributed all")
     where.add_argument(
         "--guidance", choices=("batch", "sequential"), help="prompt and negative prompt at once (default) or in turn"
@@ -188,6 +202,8 @@ class Way:
     model: str
     spec: ModelSpec
     dtype: str
+    quantize: str | None
+    stream: bool
     mesh: Any
     loras: list[Any]
     offload: bool | None
@@ -210,6 +226,8 @@ class Way:
             model=own["model"],
             spec=find_spec(own["model"]),
             dtype=own.get("dtype", "bfloat16"),
+            quantize=own.get("quantize"),
+            stream=own.get("stream_weights", False),
             mesh=choose_mesh(own.get("mesh")),
             loras=[Lora.open(lora) for lora in ((loras,) if isinstance(loras, str) else loras)],
             offload=own.get("offload"),
@@ -223,8 +241,9 @@ class Way:
         from wan_jax.model import load
 
         return load(
-            self.model, dtype=self.dtype, mesh=self.mesh, loras=self.loras, offload=self.offload, offline=self.offline
-        )
+            self.model, dtype=self.dtype, quantize=self.quantize, stream=self.stream, mesh=self.mesh,
+            loras=self.loras, offload=self.offload, offline=self.offline,
+        )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -245,7 +264,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
 
     if is_first():  # a process cannot ask the devices of another how much they hold
-        log.info(summary(way.spec, request, way.mesh, way.dtype, way.offload))
+        log.info(summary(way.spec, request, way.mesh, way.dtype, way.offload, way.quantize, way.stream))
     stages = Stages(show=not args.quiet)
 
     def write(clips: list[Any]) -> None:
@@ -403,7 +422,7 @@ def _settings_of(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
         if settings.get(key) and name not in given:
             option = name.removesuffix("s").replace("_", "-")
             log.warning("%s was made with --%s: give it again to repeat the clip", path, option)
-    allowed = {"model": tuple(MODELS), "dtype": DTYPES}
+    allowed = {"model": tuple(MODELS), "dtype": DTYPES, "quantize": KINDS}
     return from_settings(settings) | {
         name: settings[name] for name, values in allowed.items() if settings.get(name) in values
     }

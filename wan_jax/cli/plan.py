@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from wan_jax.cli.generate import DTYPES, KINDS
 from wan_jax.config import ModelSpec, find_model
 from wan_jax.errors import InputError
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 EPILOG = """\
 examples:
   wan-jax plan --model wan2.2-t2v-a14b --size 1280x720 --num-frames 81 --device v6e-8
-  wan-jax plan --model wan2.1-t2v-14b --device rtx4090 --guidance sequential --offload
+  wan-jax plan --model wan2.1-t2v-14b --device rtx4090 --guidance sequential --quantize fp8
   wan-jax plan --model dreamid-omni --num-references 2 --device h200 --compile
 
 Devices: v5e-N v5p-N v6e-N v7x-N, as slices are named; a100 h100 h200 b200 l40s rtx4090 rtx5090, with xN for several;
@@ -45,7 +46,9 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--guidance-scale", type=float, nargs="+", help="1 is off")
     parser.add_argument("--guidance", choices=("batch", "sequential"), help="passes at once (default) or in turn")
     parser.add_argument("--tiled", action="store_true", default=None, help="decode in tiles of the picture")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
+    parser.add_argument("--quantize", choices=KINDS, help="weights of one byte, see `generate`")
+    parser.add_argument("--stream-weights", action="store_true", help="weights stay on the host, see `generate`")
     parser.add_argument("--mesh", help="devices, e.g. fsdp=8 or data=2,seq=4")
     parser.add_argument(
         "--offload", action=argparse.BooleanOptionalAction, help="one network in memory at a time; default: by memory"
@@ -62,8 +65,12 @@ def run(args: argparse.Namespace) -> int:
 
     spec, device = find_model(args.model), find_device(args.device)
     axes = parse_mesh(args.mesh) if args.mesh else None
-    plan = make_plan(spec, _request(spec, args), device, dtype=args.dtype, axes=axes, offload=args.offload)
-    estimate = ask(device, spec, plan.request, plan.axes, args.dtype) if args.compile else None
+    if args.compile and args.stream_weights:
+        raise InputError("--compile counts no memory of a host: leave it out, or --stream-weights")
+    how = {"dtype": args.dtype, "quantize": args.quantize}
+    stream = args.stream_weights
+    plan = make_plan(spec, _request(spec, args), device, axes=axes, offload=args.offload, stream=stream, **how)
+    estimate = ask(device, spec, plan.request, plan.axes, **how) if args.compile else None
     print(json.dumps(_values(plan, estimate), indent=1) if args.json else _text(plan, estimate))
     return 0
 
@@ -103,7 +110,8 @@ def _values(plan: Plan, estimate: Any) -> dict[str, Any]:
     values = {
         "model": plan.spec.name, "size": [request.width, request.height], "num_frames": request.num_frames,
         "num_steps": request.num_steps, "passes": plan.passes, "guidance": request.guidance, "dtype": plan.dtype,
-        "device": str(device), "mesh": plan.axes, "offload": plan.offloads, "tokens": plan.tokens,
+        "quantize": plan.quantize, "stream_weights": plan.stream, "device": str(device), "mesh": plan.axes,
+        "offload": plan.offloads, "tokens": plan.tokens,
         "forward_flop": plan.forward._asdict() | {"total": plan.forward.total},
         "step_flop": plan.forward.total * plan.passes,
         "clip_flop": sum(stage.work for stage in plan.stages),
@@ -130,10 +138,11 @@ def _values(plan: Plan, estimate: Any) -> dict[str, Any]:
 def _text(plan: Plan, estimate: Any) -> str:
     request, device, forward = plan.request, plan.device, plan.forward
     mesh = ", mesh " + ",".join(f"{name}={n}" for name, n in plan.axes.items() if n > 1) if device.count > 1 else ""
+    weights = (plan.quantize or plan.dtype) + " weights on the host" * plan.stream
     how = {"batch": " in a batch", "sequential": " in turn"}.get(request.guidance, "") * (plan.passes > 1)
     lines = [
         f"{plan.spec.name}, {request.width}x{request.height}, {request.num_frames} frames, {request.num_steps} steps,"
-        f" {plan.passes} pass{'es' * (plan.passes > 1)}{how}, {plan.dtype}, on {device}{mesh}",
+        f" {plan.passes} pass{'es' * (plan.passes > 1)}{how}, {weights}, on {device}{mesh}",
         "tokens: " + ", ".join(f"{count:,} {stream}" for stream, count in plan.tokens.items() if count),
         "",
     ]

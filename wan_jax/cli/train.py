@@ -46,9 +46,10 @@ def run(args: argparse.Namespace) -> int:
         if args.model or args.data:
             raise InputError(f"{args.config} trains from nothing: leave out --model and --data")
         from wan_jax.config import NANO
+        from wan_jax.evaluate.run import preview
         from wan_jax.train.nano import train_nano
 
-        train_nano(NANO, settings, out, only=args.only, **common)
+        train_nano(NANO, settings, out, only=args.only, preview=preview, **common)
         return 0
     if args.only:
         raise InputError(f"--only {args.only}: {args.config} has no stages")

@@ -99,6 +99,13 @@ def evaluate(
     return report
 
 
+def preview(model: Model, path: Path, seed: int = 7) -> None:
+    """Make the clip of one held-out puppet, and a contact sheet beside it: what a training shows of itself."""
+    plan, truth = held_out(seed, 0, 1)
+    clip = make_clip(model, request(model.spec, VARIANTS["full"], plan, truth, seed, {}))
+    _save(path, clip, truth, puppets.observe(clip.video, clip.audio, 1))
+
+
 def _add_bounds(report: Report, model: Model, index: int, people: int, truth: world.Clip) -> None:
     """The rendered clip itself, and what the codecs leave of it."""
     report.add("truth", people, Seen(index, puppets.observe(truth.video, truth.audio, people)))

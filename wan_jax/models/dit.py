@@ -30,6 +30,7 @@ from wan_jax.nn.layers import (
     timestep_embedding,
     unpatchify,
 )
+from wan_jax.nn.reuse import Reuse, run_or_reuse
 from wan_jax.nn.rope import Rope, rope_table, rotate
 from wan_jax.nn.stack import apply_stack, init_stack
 from wan_jax.parallel import constrain
@@ -84,11 +85,11 @@ class Attention(nnx.Module):
         out = self.attend(q, context_BSD, self.k, self.norm_k, self.v, rope, tokens, keys)
         if image_BID is not None:
             out = out + self.attend(q, image_BID, self.k_img, self.norm_k_img, self.v_img, None, tokens)
-        return self.o(out.reshape(x_BLD.shape))
+        return self.o.from_heads(out)
 
     def queries(self, x_BLD: Array) -> Array:
-        """Normalised queries [B, L, N, K], float32."""
-        return self._heads(self.norm_q(self.q(x_BLD)))
+        """Normalised queries [B, L, N, K], in the dtype of the matrices."""
+        return self._heads(x_BLD, self.q, self.norm_q)
 
     def attend(
         self,
@@ -103,14 +104,15 @@ class Attention(nnx.Module):
     ) -> Array:
         """Attention to one source of keys and values; ``rope`` turns the keys."""
         dtype = k.kernel.dtype
-        keys = self._heads(norm_k(k(source_BSD)))
+        keys, values = self._heads(source_BSD, k, norm_k), v.heads(source_BSD, self.num_heads)
         if rope is not None:
             keys = rotate(keys, rope)
         queries_are, keys_are = queries_are or Tokens(q_BLNK.shape[1]), keys_are or Tokens(keys.shape[1])
-        return attend(q_BLNK.astype(dtype), keys.astype(dtype), self._heads(v(source_BSD)), queries_are, keys_are)
+        return attend(q_BLNK.astype(dtype), keys.astype(dtype), values, queries_are, keys_are)
 
-    def _heads(self, x_BLD: Array) -> Array:
-        return x_BLD.reshape(*x_BLD.shape[:2], self.num_heads, -1)
+    def _heads(self, x_BLD: Array, linear: Linear, norm: RMSNorm) -> Array:
+        """Queries or keys, rounded to the dtype of the matrices before they are turned, as in the official code."""
+        return norm(linear.heads(x_BLD, self.num_heads), 2).astype(linear.kernel.dtype)
 
 
 class Block(nnx.Module):
@@ -256,6 +258,7 @@ class DiT(Trunk):
         condition_BTHWC: Array | None = None,
         image_BIC: Array | None = None,
         token_time: Array | None = None,
+        reuse: Reuse | None = None,
         remat: bool = False,
         capture: bool = False,
     ) -> Any:
@@ -268,6 +271,7 @@ class DiT(Trunk):
             condition_BTHWC: mask and condition latents, concatenated behind the noisy channels (I2V, FLF2V).
             image_BIC: CLIP features (Wan2.1 I2V: 257 tokens; FLF2V: 514, first image then last).
             token_time: [B or 1, L] int, which of the two timesteps each token has (TI2V: 1 on the clean first frame).
+            reuse: leave out the blocks where it says so; also return what they added. Not together with ``capture``.
             remat: recompute blocks in the backward pass.
             capture: also return a dict of named intermediates; ``self_attn``, ``cross_attn`` and ``block`` carry a
                 leading layer axis.
@@ -296,9 +300,17 @@ class DiT(Trunk):
             x, out = module(x, time_BE6D, token_time, text, image, rope, tokens)
             return x, jax.tree.map(lambda x: x[:, : tokens.count], out) if capture else None
 
-        x, out = apply_stack(self.blocks, x, block, remat=remat)
+        def blocks(x: Array) -> tuple[Array, Any]:
+            return apply_stack(self.blocks, x, block, remat=remat)
+
+        if reuse is None:
+            x, out = blocks(x)
+        else:
+            x, added = run_or_reuse(lambda x: blocks(x)[0], x, reuse, text.dtype)
         x = self.head(x, time_BED, token_time)[:, : tokens.count]
         velocity = unpatchify(x, grid, cfg.patch_size)
+        if reuse is not None:
+            return velocity, added
         if not capture:
             return velocity
         return velocity, out | {"time_embedding": time_BED, "text_tokens": text, "image_tokens": image, "head": x}

@@ -28,6 +28,7 @@ from wan_jax.nn.context import Tokens, even
 from wan_jax.nn.conv import Conv1d
 from wan_jax.nn.layers import LayerNorm, Linear, RMSNorm, param, patchify, unpatchify
 from wan_jax.nn.positions import MARGIN
+from wan_jax.nn.reuse import Reuse, run_or_reuse
 from wan_jax.nn.rope import Rope, rope_table, rotate
 from wan_jax.nn.stack import apply_stack
 from wan_jax.parallel import constrain
@@ -94,7 +95,7 @@ class FusionAttention(Attention):
         if other is not None and meeting.lags_NLS is None:
             source = other, self.k_fusion, self.norm_k_fusion, self.v_fusion, meeting.other_rope
             out = out + self.attend(rotate(q, meeting.rope), *source, tokens, other_tokens)
-        out = self.o(out.reshape(x_BLD.shape))
+        out = self.o.from_heads(out)
         if other is not None and meeting.lags_NLS is not None:
             out = out + self.meet(x_BLD, other, meeting)
         if adapter is not None:
@@ -106,12 +107,13 @@ class FusionAttention(Attention):
         """What tokens of the clip take from those of the other stream near in time; zero for tokens of references."""
         _, L, S = meeting.lags_NLS.shape
         x, other, dtype = x_BLD[:, :L], other_BMD[:, :S], self.o_fusion.kernel.dtype
-        q = rotate(self._heads(self.norm_q_fusion(self.q_fusion(x))), meeting.rope)
-        k = rotate(self._heads(self.norm_k_fusion(self.k_fusion(other))), meeting.other_rope)
+        q = rotate(self._heads(x, self.q_fusion, self.norm_q_fusion), meeting.rope)
+        k = rotate(self._heads(other, self.k_fusion, self.norm_k_fusion), meeting.other_rope)
         far = jnp.square(meeting.lags_NLS * jnp.exp(-self.reach_fusion[...])[:, None, None])
-        heads = attention(q.astype(dtype), k.astype(dtype), self._heads(self.v_fusion(other)), bias=-0.5 * far[None])
+        v = self.v_fusion.heads(other, self.num_heads)
+        heads = attention(q.astype(dtype), k.astype(dtype), v, bias=-0.5 * far[None])
         heads = heads * (2 * jax.nn.sigmoid(self.gate_fusion(x)))[..., None]
-        out = self.o_fusion(heads.reshape(x.shape))
+        out = self.o_fusion.from_heads(heads)
         if meeting.coupled_B is not None:
             out = jnp.where(meeting.coupled_B[:, None, None], out, 0)
         return jnp.pad(out, ((0, 0), (0, x_BLD.shape[1] - L), (0, 0)))
@@ -174,6 +176,7 @@ class Fusion(nnx.Module):
         there: dict[str, Array] | None = None,
         coupled_B: Array | None = None,
         skip_B: Array | None = None,
+        reuse: Reuse | None = None,
         remat: bool = False,
         capture: bool = False,
     ) -> Any:
@@ -193,6 +196,8 @@ class Fusion(nnx.Module):
             coupled_B: bool, in which samples the streams meet, for a model with `CouplingConfig`; default all.
             skip_B: [B] int, a block that both streams leave out (guidance by a weaker model); 0 and less is none: the
                 official code cannot leave out the first.
+            reuse: leave out all blocks where it says so; also return what they added to each stream. Not together with
+                ``capture``.
             remat: recompute blocks in the backward pass.
             capture: also return a dict of the streams after each block, "video" [layers, B, L, D] and "audio".
         Returns:
@@ -245,14 +250,22 @@ class Fusion(nnx.Module):
             return out, {stream: x[:, : counts[stream].count] for stream, x in out.items()} if capture else None
 
         stacks = ({stream: getattr(self, stream).blocks for stream in latents}, adapters, jnp.arange(cfg.num_layers))
-        tokens, states = apply_stack(stacks, tokens, layer, remat=remat)
+
+        def blocks(tokens: dict[str, Array]) -> tuple[dict[str, Array], Any]:
+            return apply_stack(stacks, tokens, layer, remat=remat)
+
+        if reuse is None:
+            tokens, states = blocks(tokens)
+        else:
+            dtype = next(iter(embedded.values())).dtype
+            tokens, states = run_or_reuse(lambda tokens: blocks(tokens)[0], tokens, reuse, dtype)
         velocity = {
             stream: getattr(self, stream).head(x, time_BED[stream], token_times[stream])[:, : counts[stream].count]
             for stream, x in tokens.items()
         }
         if "video" in velocity:
             velocity["video"] = unpatchify(velocity["video"], grid, cfg.patch_size)
-        return (velocity, states) if capture else velocity
+        return (velocity, states) if capture or reuse is not None else velocity
 
     def _meetings(
         self,

@@ -75,14 +75,10 @@ class AdapterAttention(nnx.Module):
             [B, L, N * K] in the dtype of the matrices; zero for a sample without any token.
         """
         dtype = self.o.kernel.dtype
-        k = self._heads(self.norm_k(self.k(tokens_BSD)).astype(dtype))
+        k, v = (linear.heads(tokens_BSD, self.num_heads) for linear in (self.k, self.v))
         bias = None if mask_BS is None else jnp.where(mask_BS, 0.0, MASKED)[:, None, None]
-        out = attention(q_BLNK.astype(dtype), k, self._heads(self.v(tokens_BSD)), bias=bias)
-        out = self.o(out.reshape(*q_BLNK.shape[:2], -1))
+        out = self.o.from_heads(attention(q_BLNK.astype(dtype), self.norm_k(k, 2).astype(dtype), v, bias=bias))
         return out if mask_BS is None else jnp.where(mask_BS.any(-1)[:, None, None], out, 0)
-
-    def _heads(self, x_BSD: Array) -> Array:
-        return x_BSD.reshape(*x_BSD.shape[:2], self.num_heads, -1)
 
 
 class Layer(nnx.Module):

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from wan_jax.errors import InputError
 from wan_jax.nn.attention import attention, attention_to_part
+from wan_jax.nn.kernels import tile
 from wan_jax.nn.setting import Setting
 from wan_jax.parallel import ACTIVATION_AXES, activation_spec
 
@@ -46,9 +47,11 @@ class Tokens(NamedTuple):
 
 
 def even(x_BLD: Array, axis: int = 1) -> Array:
-    """Add zeros so that the devices of the mesh can share the tokens evenly; they must be `Tokens.shared`."""
+    """Add zeros so that the devices of the mesh can share the tokens evenly, and that the tiles of the kernels cover
+    them; they must be `Tokens.shared`.
+    """
     widths = [(0, 0)] * x_BLD.ndim
-    widths[axis] = (0, -x_BLD.shape[axis] % _devices()[1])
+    widths[axis] = (0, -x_BLD.shape[axis] % tile(x_BLD.shape[axis], _devices()[1]))
     return jnp.pad(x_BLD, widths) if widths[axis][1] else x_BLD
 
 

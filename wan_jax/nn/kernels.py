@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -125,15 +126,74 @@ def splash(
     return (out, jnp.swapaxes(rest[0][0], 1, 2)[:, :L]) if sums else out
 
 
-def _even_tile(length: int, most: int) -> int:
+def tile(length: int, devices: int) -> int:
+    """What the padded length of tokens that ``devices`` share should be a multiple of."""
+    platform, kind = platform_and_kind()
+    return _even_tile(length, tiles_of(kind).q, math.lcm(LANES, devices)) if platform == "tpu" else devices
+
+
+def _even_tile(length: int, most: int, unit: int = LANES) -> int:
     """The smallest tile that covers ``length`` as often as the largest would: the last one carries little padding."""
+    if length % unit == 0 and (whole := _part(length, most)) > most // 8:
+        return whole
     tile = -(-length // -(-length // most))
-    return -(-tile // LANES) * LANES
+    return -(-tile // unit) * unit
 
 
 def _part(tile: int, most: int) -> int:
     """The largest multiple of `LANES` up to ``most`` that divides ``tile``."""
     return LANES * max(n for n in range(1, most // LANES + 1) if tile // LANES % n == 0)
+
+
+# ---- our own kernel for wide matrix units ------------------------------------------------------------------
+
+
+def transposed(
+    q_BLNK: Array,
+    k_BSNK: Array,
+    v_BSNK: Array,
+    lengths: Array | None,
+    *,
+    scale: float,
+    tiles: Any = None,
+    interpret: bool = False,
+) -> Array:
+    """``nn/tpu_attention.py`` where its fixed maximum is safe, `splash` where it is not and for gradients.
+
+    Never automatic: its bundles were counted, 58 % of the peak of a v6e, but it has not run on a device.
+
+    Args:
+        tiles: default `tpu_attention.TILES`.
+    """
+    from wan_jax.nn import tpu_attention
+
+    tiles = tiles or tpu_attention.TILES
+    other = functools.partial(splash, scale=scale, interpret=interpret)
+    (B, L, N, K), S = q_BLNK.shape, k_BSNK.shape[1]
+
+    def heads(x: Array, tile: int) -> Array:
+        x = jnp.swapaxes(x, 1, 2).reshape(B * N, -1, K)
+        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, 0)))
+
+    @jax.custom_vjp
+    def run(q_BLNK: Array, k_BSNK: Array, v_BSNK: Array, lengths: Array) -> Array:
+        here = tiles._replace(q=_even_tile(L, tiles.q))
+        q = heads((q_BLNK * (scale * math.log2(math.e))).astype(q_BLNK.dtype), here.q)
+        k, v = heads(k_BSNK, here.kv), heads(v_BSNK, here.kv)
+        bounds = tpu_attention.bounds(q, k)
+
+        def ours(*_: Array) -> Array:
+            out = tpu_attention.attend(q, k, v, bounds, jnp.repeat(lengths, N), tiles=here, interpret=interpret)
+            return jnp.swapaxes(out[:, :L].reshape(B, N, L, K), 1, 2)
+
+        return jax.lax.cond(tpu_attention.fits(bounds), ours, other, q_BLNK, k_BSNK, v_BSNK, lengths)
+
+    def backward(args: Any, slope: Array) -> Any:
+        *qkv, lengths = args
+        return *jax.vjp(lambda *qkv: other(*qkv, lengths), *qkv)[1](slope), None
+
+    run.defvjp(lambda *args: (run(*args), args), backward)
+    return run(q_BLNK, k_BSNK, v_BSNK, jnp.full(B, S, jnp.int32) if lengths is None else lengths.astype(jnp.int32))
 
 
 # ---- tokamax -----------------------------------------------------------------------------------------------
@@ -184,5 +244,6 @@ KERNELS = {
     "splash": Kernel(
         splash, ("tpu",), ("libtpu",), "tpu", lambda K: not K % LANES, functools.partial(splash, sums=True)
     ),
+    "transposed": Kernel(transposed, ("tpu",), ("libtpu",), "tpu", lambda K: K == LANES, automatic=False),
     "tokamax": Kernel(tokamax, ("cuda", "tpu"), ("tokamax",), "tokamax", automatic=False),
 }

@@ -7,11 +7,15 @@ A `Linear` computes in the dtype of its own kernel; norms compute and return flo
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from wan_jax.nn.kernels import platform_and_kind
+from wan_jax.nn.quant import Quantized, is_quantizable, quantize
 
 Array = jax.Array
 
@@ -31,16 +35,58 @@ def matmul_precision(dtype) -> jax.lax.Precision:
 
 
 class Linear(nnx.Module):
-    """``y = x @ kernel + bias`` with kernel [in, out]; input and output in the kernel's dtype."""
+    """``y = x @ kernel + bias`` with kernel [in, out], or `Quantized`; input and output in the kernel's dtype."""
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool = True, dtype=jnp.float32, rngs: nnx.Rngs):
         self.kernel = param(rngs, (d_in, d_out), dtype, std=d_in**-0.5)
         self.bias = param(rngs, (d_out,), dtype) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        kernel = self.kernel[...]
-        y = jnp.dot(x.astype(kernel.dtype), kernel, precision=matmul_precision(kernel.dtype))
+        y = dot(x, self.kernel)
         return y if self.bias is None else y + self.bias[...]
+
+    def heads(self, x: Array, num_heads: int) -> Array:
+        """``self(x)`` in heads, [..., N, K].
+
+        With the kernel in heads the compiler of TPUs writes the product head by head; a split behind it is a copy. That
+        of GPUs would no longer add the bias inside the product.
+        """
+        if isinstance(self.kernel, Quantized) or platform_and_kind()[0] == "cuda":
+            y = self(x)
+            return y.reshape(*y.shape[:-1], num_heads, -1)
+        kernel = self.kernel[...]
+        kernel = kernel.reshape(len(kernel), num_heads, -1)
+        y = jnp.tensordot(x.astype(kernel.dtype), kernel, 1, precision=matmul_precision(kernel.dtype))
+        return y if self.bias is None else y + self.bias[...].reshape(num_heads, -1)
+
+    def from_heads(self, x: Array) -> Array:
+        """``self`` of heads [..., N, K] side by side."""
+        if isinstance(self.kernel, Quantized) or platform_and_kind()[0] == "cuda":
+            return self(x.reshape(*x.shape[:-2], -1))
+        kernel = self.kernel[...].reshape(*x.shape[-2:], -1)
+        y = jnp.tensordot(x.astype(kernel.dtype), kernel, 2, precision=matmul_precision(kernel.dtype))
+        return y if self.bias is None else y + self.bias[...]
+
+
+def dot(x: Array, kernel: nnx.Param | Quantized) -> Array:
+    """``x @ kernel`` in the kernel's dtype."""
+    x, precision = x.astype(kernel.dtype), matmul_precision(kernel.dtype)
+    if isinstance(kernel, Quantized):
+        return kernel.product(x, precision)
+    return jnp.dot(x, kernel[...], precision=precision)
+
+
+def quantized(network: Any, kind: str) -> Any:
+    """A network, by shape, with the kernels of its blocks as `Quantized` of ``kind``."""
+
+    def convert(module: Any) -> Any:
+        if not (isinstance(module, Linear) and is_quantizable(module.kernel)):
+            return module
+        module = jax.tree.map(lambda x: x, module)  # a copy
+        module.kernel = Quantized(*jax.eval_shape(lambda kernel: quantize(kernel, kind), module.kernel.get_value()))
+        return module
+
+    return jax.tree.map(convert, network, is_leaf=lambda module: isinstance(module, Linear))
 
 
 class MLP(nnx.Module):
@@ -83,15 +129,16 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, in float32."""
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, or the last ones together, in float32."""
 
     def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs):
         self.weight = param(rngs, (dim,), fill=1.0)
         self.eps = eps
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, num_axes: int = 1) -> Array:
         x = x.astype(jnp.float32)
-        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * self.weight[...]
+        scale = jax.lax.rsqrt(jnp.square(x).mean(tuple(range(-num_axes, 0)), keepdims=True) + self.eps)
+        return x * scale * self.weight[...].reshape(x.shape[-num_axes:])
 
 
 def timestep_embedding(t: Array, dim: int) -> Array:

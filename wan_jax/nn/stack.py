@@ -1,15 +1,20 @@
 """A stack of equal blocks: one module whose parameters carry a leading layer axis, applied by `jax.lax.scan`.
 
 The compiled program then holds one block whatever the depth: 40 layers trace, lower and compile as fast as two.
+
+Kernels may lie in the memory of the host: then they come to the device layer by layer, and it holds those of one.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
+
+from wan_jax.parallel import whole
 
 
 def init_stack(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -23,11 +28,28 @@ def apply_stack(
 ) -> tuple[Any, Any]:
     """Run ``x, out = fn(block, x)`` over the blocks; return the last ``x`` and the ``out`` of all, stacked.
 
+    Inside the scan, parameters in the memory of the host are moved to the device, and shared ones gathered.
+
     Args:
         remat: recompute each block in the backward pass instead of keeping its activations.
     """
 
     def body(x, block):
-        return fn(block, x)
+        return fn(whole(jax.tree.map(_on_device, block)), x)
 
     return jax.lax.scan(jax.checkpoint(body) if remat else body, x, stack)
+
+
+def _on_device(x: jax.Array) -> jax.Array:
+    host = jax.typeof(x).memory_space == jax.memory.Space.Host
+    return jax.device_put(x, jax.memory.Space.Device) if host else x
+
+
+def is_streamed(path: str) -> bool:
+    """Whether a parameter lies in the memory of the host where a network streams: the kernels of its stacks."""
+    return re.fullmatch(r"(.*\.)?(blocks|layers)\..*\.kernel(\.values)?", path) is not None
+
+
+def in_host_memory(place: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """The same place, on the host's side of the devices: pinned memory, from which they copy by themselves."""
+    return place.with_memory_kind("pinned_host")

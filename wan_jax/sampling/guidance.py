@@ -25,35 +25,46 @@ MODES = ("batch", "sequential", "none")
 
 
 def guided(
-    network: Callable[[Any, Array, Any], Any], sample: Any, timestep: Array, weights: Any, passes: Any, mode: str
-) -> Any:
+    network: Callable[[Any, Array, Any, Any], tuple[Any, Any]],
+    sample: Any,
+    timestep: Array,
+    weights: Any,
+    passes: Any,
+    mode: str,
+    memory: Any = None,
+) -> tuple[Any, Any]:
     """Velocity of ``sample`` under guidance: the weighted sum of the velocities of ``G`` passes.
 
     Args:
-        network: ``(samples [G, ...], timesteps [G], passes [G, ...]) -> velocities [G, ...]``.
+        network: ``(samples [G, ...], timesteps [G], passes [G, ...], memory [G, ...]) -> velocities, memory``.
         sample: [1, ...], or a pytree of such (one latent per stream).
         timestep: float32 scalar, an array of the program.
         weights: [G] for each array of ``sample``, arrays of the program; their sum is 1.
         passes: pytree whose leaves carry a leading axis G: what distinguishes the passes.
         mode: "batch" (all passes at once), "sequential" (the memory of one pass and of the sum), or "none": the first
             pass, which is the prompt's, with weight 1.
+        memory: what the network keeps of each pass from step to step, a pytree as ``passes``; None is nothing.
+    Returns:
+        The velocity, and what the network keeps.
     """
     if mode == "none":
-        return network(sample, timestep[None], jax.tree.map(lambda p: p[:1], passes))
+        return network(sample, timestep[None], jax.tree.map(lambda p: p[:1], passes), memory)
     num_passes = len(jax.tree.leaves(passes)[0])
     if mode == "sequential" and num_passes > 1:
         # A scan, so that the program holds the network once and one pass ends before the next begins.
-        def add(total: Any, now: tuple[Any, Any]) -> tuple[Any, None]:
-            each, weight = now
-            velocity = network(sample, timestep[None], jax.tree.map(lambda p: p[None], each))
-            return jax.tree.map(lambda t, w, v: t + w * v, total, weight, velocity), None
+        def add(total: Any, now: tuple[Any, Any, Any]) -> tuple[Any, Any]:
+            weight, *each = now
+            passes, memory = jax.tree.map(lambda p: p[None], each)
+            velocity, memory = network(sample, timestep[None], passes, memory)
+            memory = jax.tree.map(lambda m: m[0], memory)
+            return jax.tree.map(lambda t, w, v: t + w * v, total, weight, velocity), memory
 
-        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, sample), (passes, weights))[0]
+        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, sample), (weights, passes, memory))
     samples = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_passes, *x.shape[1:])), sample)
-    velocities = network(samples, jnp.broadcast_to(timestep, num_passes), passes)
+    velocities, memory = network(samples, jnp.broadcast_to(timestep, num_passes), passes, memory)
     # Full precision: a matrix unit would round latents and weights.
     total = functools.partial(jnp.tensordot, axes=1, precision=jax.lax.Precision.HIGHEST)
-    return jax.tree.map(lambda v, w: total(w, v)[None], velocities, weights)
+    return jax.tree.map(lambda v, w: total(w, v)[None], velocities, weights), memory
 
 
 def classifier_free(scale: Any) -> Any:
@@ -75,10 +86,11 @@ def expert_steps(timesteps: np.ndarray, boundary: float | None) -> int:
 
 
 class Phase(NamedTuple):
-    """Steps in a row, up to ``stop``, that one expert takes under one mode of guidance."""
+    """Steps in a row, from ``start`` up to ``stop``, that one expert takes under one mode of guidance."""
 
     high_noise: bool
     mode: str
+    start: int
     stop: int
 
 
@@ -95,4 +107,4 @@ def phases(schedule: Schedule, boundary: float | None, mode: str, interval: tupl
     each = [(i < experts, mode if low < sigma <= high else "none") for i, sigma in enumerate(schedule.sigmas[:-1])]
     runs = [(key, len(list(steps))) for key, steps in itertools.groupby(each)]
     stops = itertools.accumulate(length for _, length in runs)
-    return [Phase(*key, stop) for (key, _), stop in zip(runs, stops, strict=True)]
+    return [Phase(*key, stop - length, stop) for (key, length), stop in zip(runs, stops, strict=True)]

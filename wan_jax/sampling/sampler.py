@@ -22,15 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from wan_jax.errors import InputError, NonFiniteError
-from wan_jax.parallel import compiler_options
+from wan_jax.nn.reuse import Reuse
+from wan_jax.parallel import compiler_options, constrain
 from wan_jax.sampling.schedule import Schedule
 from wan_jax.sampling.solvers import Coefficients, State, coefficients, init_state, step
 
 log = logging.getLogger(__name__)
 Array = jax.Array
 # velocity(args, sample, timestep, guidance) -> velocity. ``args`` is a pytree (weights, conditions): arrays reach the
-# compiled program as arguments, never as constants of a closure. ``sample`` is one array or one per stream.
-Velocity = Callable[[Any, Any, Array, Any], Any]
+# compiled program as arguments, never as constants of a closure. ``sample`` is one array or one per stream. Where steps
+# may leave out the network's blocks, it is given a `Reuse` as well and returns what the blocks added too.
+Velocity = Callable[..., Any]
 
 
 class Steps(NamedTuple):
@@ -40,6 +42,7 @@ class Steps(NamedTuple):
     guidance: Any  # what the velocity function takes: a scale, or weights of its passes
     solver: Coefficients
     key: Any = None  # random keys of the fresh noise, for solvers that add some
+    skip: np.ndarray | None = None  # bool: steps that leave out the network's blocks
 
     def part(self, first: int, stop: int) -> Steps:
         return jax.tree.map(lambda x: x[first:stop], self)
@@ -70,12 +73,15 @@ class Progress(NamedTuple):
     state: State
 
 
-def make_steps(solver: str, schedule: Schedule, guidance: Any = 1.0, seed: int = 0) -> Steps:
+def make_steps(
+    solver: str, schedule: Schedule, guidance: Any = 1.0, seed: int = 0, skip: np.ndarray | None = None
+) -> Steps:
     """Tables of one run.
 
     Args:
         guidance: one scale, or a pytree of arrays [N, ...] with an entry per step.
         seed: of the noise that some solvers add in every step; independent of `jax.random.key(seed)` itself.
+        skip: bool [N], see `wan_jax.sampling.step_cache.plan_skips`; None keeps nothing from step to step.
     """
 
     def table(values: Any) -> np.ndarray:
@@ -85,7 +91,7 @@ def make_steps(solver: str, schedule: Schedule, guidance: Any = 1.0, seed: int =
     factors, keys = coefficients(solver, schedule.sigmas), None
     if factors.fresh is not None:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), schedule.num_steps)
-    return Steps(schedule.timesteps.astype(np.float32), jax.tree.map(table, guidance), factors, keys)
+    return Steps(schedule.timesteps.astype(np.float32), jax.tree.map(table, guidance), factors, keys, skip)
 
 
 def normal(key: Array, like: Any) -> Any:
@@ -108,9 +114,14 @@ def run_segment(velocity: Velocity, args: Any, state: State, steps: Steps, pin: 
     """Take ``steps`` (pure, jittable). Returns the state and, per step, whether the sample stayed finite."""
 
     def body(state: State, now: Steps) -> tuple[State, Array]:
-        noise = None if now.key is None else normal(now.key, state.sample)
-        state = step(state, velocity(args, state.sample, now.timestep, now.guidance), *now.solver, noise)
-        state = state._replace(sample=pinned(state.sample, pin))
+        noise, added = None if now.key is None else normal(now.key, state.sample), None
+        given = args, state.sample, now.timestep, now.guidance
+        if now.skip is None:
+            v = velocity(*given)
+        else:
+            v, added = velocity(*given, Reuse(now.skip, state.added))
+        state = step(state, v, *now.solver, noise)
+        state = state._replace(sample=pinned(state.sample, pin), added=added)
         return state, jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state.sample)]).all()
 
     return jax.lax.scan(body, state, steps)
@@ -127,6 +138,22 @@ def start(noise: Any, pin: Any = None, noise_scale: float = 1.0) -> State:
     place.
     """
     return init_state(pinned(jax.tree.map(lambda x: noise_scale * x, noise), pin))
+
+
+def _nothing_added(velocity: Velocity, args: Any, state: State, steps: Steps) -> Any:
+    """Zeros in the shape of what the network's blocks add, where a mesh wants them."""
+    now = steps.part(0, 1)
+
+    def shape(args: Any, sample: Any, now: Steps) -> Any:
+        now = jax.tree.map(lambda x: x[0], now)
+        return velocity(args, sample, now.timestep, now.guidance, Reuse(now.skip))[1]
+
+    return jax.tree.map(lambda x: _zeros(x.shape, x.dtype), jax.eval_shape(shape, args, state.sample, now))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _zeros(shape: tuple[int, ...], dtype: Any) -> Array:
+    return constrain(jnp.zeros(shape, dtype), "B", "L", None)
 
 
 def sample(
@@ -158,6 +185,8 @@ def sample(
     if not isinstance(length, int) or length < 1:
         raise InputError(f'segment={segment!r}: need a positive number of steps, or "all"')
     run = compiled_segment(velocity)
+    if steps.skip is not None and state.added is None:
+        state = state._replace(added=_nothing_added(velocity, args, state, steps))
     with _interrupts() as interrupted:
         while first < last:
             begin, stop = time.perf_counter(), min(first + length, last)

@@ -44,6 +44,7 @@ class State(NamedTuple):
     corrected: Any
     clean1: Any  # clean prediction one step ago
     clean2: Any  # two steps ago
+    added: Any = None  # what the network's blocks added last, of a run that leaves some out (``step_cache.py``)
 
 
 def init_state(noise: Any) -> State:

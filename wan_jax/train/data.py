@@ -3,8 +3,8 @@
 ``NAME.mp4`` is a clip, ``NAME.txt`` its caption; its sound is in the clip or in ``NAME.wav``. For models that take
 references, ``NAME.ref1.png`` with ``NAME.ref1.wav``, ``NAME.ref2.png`` ... are who appears in it.
 
-The order is a permutation per epoch, a function of the seed and the step alone: no state of an iterator is needed
-to resume, so Grain is not used.
+The order is Grain's: a permutation per epoch, a function of the seed and the step alone, so that a run resumes by its
+step. The files of the next steps are read ahead.
 
 Axes: ``T H W C`` latents, ``A`` audio latents, ``S`` text tokens, ``R`` references.
 """
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 Sample = dict[str, np.ndarray]
 Pair = tuple[Path, Path | None]  # files of one reference: look and voice
+AHEAD = 16  # samples that are read before they are needed
 VERSION = 1  # of what is kept: a change of the encoding below makes what is on disk worthless
 
 
@@ -227,8 +228,13 @@ class ClipFolder:
         seed: int = 0,
         consent: bool = False,
     ):
+        try:
+            import grain
+        except ImportError as error:
+            raise InputError('training on a folder of clips needs Grain: pip install "wan_jax[train]"') from error
         sources, self.skipped = find_clips(folder)
-        self._cache, self._batch, self._seed = Path(cache), batch, seed
+        self._cache, self._batch = Path(cache), batch
+        self._read_options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=AHEAD)
         self._cache.mkdir(parents=True, exist_ok=True)
         about = model.spec, jnp.dtype(model.dtype).name, to, _fingerprint(model)
         names = {source: source.digest(*about) for source in sources}
@@ -255,6 +261,8 @@ class ClipFolder:
         log.info("%s: %d clips, %d encoded now, %d left out", folder, len(self), len(new) - len(faults), self.skipped)
         if model.offload:
             model.release()
+        self._clips = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
+        self._next, self._ahead = -1, iter(())  # the step that is read ahead, and its samples
         self._shapes: dict[str, tuple[int, ...]] = {}  # of every array, the longest that any clip has
         for name in self._names:
             with open_checkpoint(self._file(name)) as tensors:
@@ -265,14 +273,17 @@ class ClipFolder:
         return len(self._names)
 
     def __call__(self, step: int, count: int) -> tuple[Any, Any]:
-        rows = [self._sample(self.order(i)) for i in range(step * self._batch, (step + count) * self._batch)]
+        if step != self._next:
+            clips = self._clips.slice(slice(step * self._batch, None)).map(self._sample)
+            self._ahead = iter(clips.to_iter_dataset(self._read_options))
+        rows = [next(self._ahead) for _ in range(count * self._batch)]
+        self._next = step + count
         stacked = {key: np.stack([row[key] for row in rows]) for key in self._shapes}
         return self._shared, {key: x.reshape(count, self._batch, *x.shape[1:]) for key, x in stacked.items()}
 
     def order(self, i: int) -> int:
         """Which clip the ``i``-th sample of training is: every epoch takes each once, in an order of its own."""
-        epoch, place = divmod(i, len(self))
-        return int(np.random.default_rng([self._seed, epoch]).permutation(len(self))[place])
+        return int(self._clips[i])
 
     def position(self) -> dict[str, Any]:
         return {"clips": self._names}  # the step tells the rest

@@ -23,8 +23,8 @@ from flax import nnx
 from wan_jax.checkpoint import abstract, flatten_params, unflatten_like
 from wan_jax.config import NANO_VOCODER, ModelSpec
 from wan_jax.conversion import write_compact
-from wan_jax.errors import InputError, nearest
-from wan_jax.model import build
+from wan_jax.errors import InputError, WanError, nearest
+from wan_jax.model import Model, build, load
 from wan_jax.models.audio_vae import AudioVAE
 from wan_jax.models.clip import CLIPVision
 from wan_jax.models.fusion import Fusion
@@ -61,11 +61,10 @@ NEEDS = {  # stages in the order of training, and those that each builds on; a r
     "vae": (),
     "audio_vae": (),
     "decoder": ("vae",),
-    "audio_decoder": ("audio_vae",),
     "vocoder": ("audio_vae",),
     "twin": ("vae", "audio_vae"),
 }
-OPTIONAL = ("decoder", "audio_decoder", "vocoder")
+OPTIONAL = ("decoder", "vocoder")
 MEASURED = 64  # clips that statistics are taken from
 LEVELS = (0.1, 0.5, 0.8, 0.97)  # noise levels at which the twin model is watched
 
@@ -93,6 +92,7 @@ def train_nano(
     resume: bool = False,
     minutes: float | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    preview: Callable[[Model, Path], None] | None = None,
 ) -> bool:
     """Train the stages that are not done, and export all weights when the last one is.
 
@@ -102,6 +102,7 @@ def train_nano(
         folder: takes a folder per stage, ``tokenizer/`` and ``export/``.
         only: one stage, of `NEEDS`: for several processes that train side by side.
         minutes: of this call.
+        preview: writes a clip of the model as it is into ``samples/``, as often as the twin model is watched.
     Returns:
         Whether everything is done.
     """
@@ -129,6 +130,8 @@ def train_nano(
         if left is not None and left <= 0:
             return False
         watch = dataclasses.replace(Watch(**settings.get("watch", {})), minutes=left)
+        if preview and stage.sample:
+            stage = stage._replace(sample=functools.partial(_sample_and_show, stage, spec, done, folder, preview))
         log.info("stage %s", name)
         networks, trained = stage.networks, set(stage.networks)
         if stage.task:
@@ -147,6 +150,26 @@ def train_nano(
         return True
     write_compact(spec, done, folder / "tokenizer", folder / "export")
     return True
+
+
+def _sample_and_show(
+    stage: Stage,
+    spec: ModelSpec,
+    done: Mapping[str, Any],
+    folder: Path,
+    preview: Callable[[Model, Path], None],
+    step: int,
+    ema: Flat,
+    frozen: Flat,
+) -> dict[str, float]:
+    """Show the whole model, with the networks of this stage as they are, and measure."""
+    found = stage.sample(step, ema, frozen)
+    write_compact(spec, {**done, **assemble(stage.task, ema, frozen)}, folder / "tokenizer", folder / "preview")
+    try:
+        preview(load(folder / "preview", dtype="float32", offload=False), folder / "samples" / f"{step:06d}.mp4")
+    except WanError as error:
+        log.warning("step %d: no sample: %s", step, error)
+    return found
 
 
 def _fields(kind: type, given: Mapping[str, Any]) -> list[dataclasses.Field]:
@@ -238,23 +261,6 @@ def _audio_vae(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str,
     return Stage(task, networks, Nothing(), trains=lambda path: ".data_" not in path, finish=finish)
 
 
-def _audio_decoder(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str, recipe: Recipe) -> Stage:
-    """The audio VAE's decoder, further, while its latents stay what they are."""
-    networks, shape = {"audio_vae": done["audio_vae"]}, (spec.sound.num_latents, spec.sound.vae.z_dim)
-    task = Task(
-        {"audio_vae": abstract(lambda: networks["audio_vae"])},
-        functools.partial(audio_examples, batch=recipe.batch, latents=shape),
-        functools.partial(codec.audio_vae_loss, mel=spec.sound.mel),
-    )
-
-    def finish(networks: dict[str, Any]) -> dict[str, Any]:
-        return {"audio_vae": codec.unit_filters(networks["audio_vae"])}
-
-    return Stage(
-        task, networks, Nothing(), trains=lambda path: path.startswith("audio_vae.decoder."), finish=finish
-    )
-
-
 def _vocoder(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str, recipe: Recipe) -> Stage:
     def make() -> BigVGAN:
         return BigVGAN(spec.sound.vocoder, rngs=nnx.Rngs(recipe.seed))
@@ -316,6 +322,5 @@ def unseen_losses(networks: dict[str, Any], pool: PuppetPool, words: Words) -> d
 
 
 _STAGES = {
-    "vae": _vae, "audio_vae": _audio_vae, "decoder": _decoder, "audio_decoder": _audio_decoder, "vocoder": _vocoder,
-    "twin": _twin,
+    "vae": _vae, "audio_vae": _audio_vae, "decoder": _decoder, "vocoder": _vocoder, "twin": _twin,
 }  # fmt: skip

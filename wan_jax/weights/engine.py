@@ -4,7 +4,7 @@ A table (``weights/maps``) is a list of `Row`: our module path, a kind, and the 
 kind is a closed set of transforms with inverses, so one table serves import, export and the coverage check. The
 engine is strict: every source key is used exactly once or ignored with a reason, every target leaf is filled exactly
 once, shapes agree; all faults are reported together. It streams: read one tensor, transform, cast, place on its
-shards, drop its pages.
+shards, drop its pages. What is quantised is so a few layers at a time, on the devices.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ import numpy as np
 
 from wan_jax.checkpoint import flatten_params, unflatten_like
 from wan_jax.errors import CheckpointError
+from wan_jax.nn.layers import quantized
+from wan_jax.nn.quant import quantize as quantize_kernel
+from wan_jax.nn.stack import in_host_memory, is_streamed
 from wan_jax.parallel import param_sharding
 
 Array = np.ndarray
@@ -323,6 +326,8 @@ def fill(
     network: str,
     layout: str = "official",
     mesh: jax.sharding.Mesh | None = None,
+    quantize: str | None = None,
+    stream: bool = False,
     ignore: Iterable[tuple[str, str]] = (),
     what: str = "checkpoint",
     progress: Callable[[int], None] | None = None,
@@ -331,6 +336,8 @@ def fill(
 
     Args:
         abstract: the model as `jax.eval_shape` gives it; its leaves state shapes and dtypes.
+        quantize: a key of `wan_jax.nn.quant.KINDS`: kernels become `Quantized` as they are read.
+        stream: kernels of stacks stay in the memory of the host, see `wan_jax.nn.stack`.
         source: a `Checkpoint`, or any mapping name -> array.
         network: key of `wan_jax.parallel.RULES`.
         mesh: None places everything on the default device.
@@ -342,24 +349,80 @@ def fill(
     rows = list(rows)
     check(abstract, rows, source, layout=layout, ignore=ignore).raise_faults(what)
     leaves, _ = plan(abstract, rows, layout)
-    filled = {}
+    model = quantized(abstract, quantize) if quantize else abstract
+    targets, filled = flatten_params(model), {}
     for path, leaf in leaves.items():
-        read = functools.cache(functools.partial(_read, leaf, source))  # replicas of a block are read once
-        if mesh is None:
-            filled[path] = jax.device_put(read(tuple((0, size) for size in leaf.shape)))
+        if path in targets:
+            placed = {path: _place(leaf, source, network, mesh, stream=stream)}
         else:
-            filled[path] = jax.make_array_from_callback(
-                leaf.shape,
-                param_sharding(network, path, leaf.shape, mesh),
-                lambda index, leaf=leaf, read=read: read(
-                    tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
-                ),
-            )
-        del read
-        filled[path].block_until_ready()  # so that the host buffer of one leaf is free before the next is read
+            pair = {name: targets[name] for name in (f"{path}.values", f"{path}.scale")}
+            placed = _place_quantized(leaf, source, pair, quantize, network, mesh)
+            if stream:
+                placed = {name: _to_host(x) if is_streamed(name) else x for name, x in placed.items()}
+        jax.block_until_ready(placed)  # so that the host buffer of one leaf is free before the next is read
+        filled |= placed
         if progress:
-            progress(filled[path].nbytes)
-    return unflatten_like(abstract, filled)
+            progress(sum(x.nbytes for x in placed.values()))
+    return unflatten_like(model, filled)
+
+
+def _to_host(x: jax.Array) -> jax.Array:
+    return jax.device_put(x, in_host_memory(x.sharding))
+
+
+def _place(
+    leaf: Leaf, source: Mapping[str, Any], network: str, mesh: jax.sharding.Mesh | None, start: int = 0,
+    stop: int | None = None, *, stream: bool = False,
+) -> jax.Array:  # fmt: skip
+    """A leaf on its shards, or its rows from ``start`` to ``stop``."""
+    shape = leaf.shape if stop is None else (stop - start, *leaf.shape[1:])
+    read = functools.cache(functools.partial(_read, leaf, source))  # replicas of a block are read once
+
+    def block(index: tuple[slice, ...]) -> Array:
+        bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+        if bounds:
+            bounds[0] = bounds[0][0] + start, bounds[0][1] + start
+        return read(tuple(bounds))
+
+    place = None if mesh is None else param_sharding(network, leaf.path, shape, mesh)
+    if stream and is_streamed(leaf.path):
+        place = in_host_memory(place or jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    if mesh is None:
+        return jax.device_put(block((slice(None),) * len(shape)), place)
+    return jax.make_array_from_callback(shape, place, block)
+
+
+def _place_quantized(
+    leaf: Leaf,
+    source: Mapping[str, Any],
+    pair: Mapping[str, jax.ShapeDtypeStruct],
+    kind: str,
+    network: str,
+    mesh: jax.sharding.Mesh | None,
+) -> dict[str, jax.Array]:
+    """The two arrays of a `Quantized` kernel, by path: as many layers at a time as are read at once."""
+    places = tuple(mesh and param_sharding(network, path, x.shape, mesh) for path, x in pair.items())
+    pairs = zip(pair.values(), places, strict=True)
+    arrays = tuple(jax.numpy.zeros(x.shape, x.dtype, device=place) for x, place in pairs)
+    for start in range(0, leaf.shape[0], READ_THREADS):
+        kernel = _place(leaf, source, network, mesh, start, min(start + READ_THREADS, leaf.shape[0]))
+        arrays = _quantizer(kind, places)(arrays, kernel, start)
+        arrays[0].block_until_ready()
+    return dict(zip(pair, arrays, strict=True))
+
+
+@functools.cache
+def _quantizer(kind: str, places: tuple[Any, Any]) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Program that quantises kernels [layers, in, out] into those of a stack, from layer ``start`` on."""
+
+    def put(arrays: tuple[jax.Array, jax.Array], kernel: jax.Array, start: jax.Array) -> tuple[jax.Array, ...]:
+        parts = quantize_kernel(kernel, kind)
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=0)
+            for whole, part in zip(arrays, parts, strict=True)
+        )
+
+    return jax.jit(put, donate_argnums=0, out_shardings=None if None in places else places)
 
 
 def export(

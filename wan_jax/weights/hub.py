@@ -27,6 +27,7 @@ from pathlib import Path, PurePosixPath
 
 from wan_jax.config import MODELS, find_model
 from wan_jax.errors import CheckpointError, InputError, nearest
+from wan_jax.home import home
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Record:
 
     @staticmethod
     def path(repo_id: str) -> Path:
-        return _home() / "hub" / f"{repo_id.replace('/', '--')}.json"
+        return home() / "hub" / f"{repo_id.replace('/', '--')}.json"
 
     @classmethod
     def read(cls, repo_id: str) -> Record | None:
@@ -233,7 +234,7 @@ def resolve(
 
 def _linked(file: str, folders: dict[str, Path]) -> Path:
     """The file in a folder of links to several snapshots: the folder that the official programs expect."""
-    root = _home() / "models"
+    root = home() / "models"
     for name, folder in folders.items():
         link = root / name
         if link.resolve() == folder.resolve():
@@ -434,10 +435,6 @@ def _explained(repo_id: str, storage: Path) -> Iterator[None]:
     except (OSError, ValueError) as error:
         fix = f"{error}: is there room, and permission to write, in {storage} and WAN_JAX_HOME?"
     raise CheckpointError(f"{repo_id}: {fix}") from None
-
-
-def _home() -> Path:
-    return Path(os.environ.get("WAN_JAX_HOME") or "~/.cache/wan_jax").expanduser()
 
 
 def _status(error: Exception) -> int:
