@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import math
 import sys
 from pathlib import Path
@@ -16,11 +17,15 @@ SHAPE = ["--size", "32x32", "--num-frames", "5", "--repeats", "2"]
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """name -> its module, with a small ceiling."""
+    """name -> its module, with a small ceiling. What it silences is heard again afterwards."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
     measure = importlib.import_module("measure")
     monkeypatch.setitem(measure.MATRIX, "cpu", 128)
-    return importlib.import_module
+    loggers = [logging.getLogger(f"wan_jax.{name}") for name in ("request", "small")]
+    levels = [logger.level for logger in loggers]
+    yield importlib.import_module
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 def check(report: dict, path: Path) -> dict[str, dict]:

@@ -305,7 +305,10 @@ def command(*arguments: str) -> list[str]:
 @pytest.mark.parametrize("end, status", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_the_next_process_goes_on_where_one_was_stopped(server, end, status):
     server.delay = 0.1  # seconds are left when the signal is sent, on a busy machine too
-    process = subprocess.Popen(command("wan2.1-t2v-1.3b"), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command("wan2.1-t2v-1.3b"), stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     blobs = Path(constants.HF_HUB_CACHE) / "models--Wan-AI--Wan2.1-T2V-1.3B" / "blobs"
     unfinished = blobs / (hashlib.sha256(server.commits["1" * 40][WEIGHTS]).hexdigest() + ".incomplete")
     while not unfinished.exists() or unfinished.stat().st_size < 1_000_000:

@@ -514,7 +514,7 @@ def test_pickle_bombs_are_bounded(tmp_path, case):
         seconds.append(time.process_time() - start)
 
     assert memory_growth(attempt) < 100e6
-    assert seconds[0] < 2  # processor seconds: about half of one on an idle machine
+    assert seconds[0] < 5  # processor seconds: about half of one on an idle machine, 2.5 on a very busy one
 
 
 UNTYPED = storage("0", 24, "UntypedStorage", "torch.storage")
