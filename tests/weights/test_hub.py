@@ -305,10 +305,11 @@ def command(*arguments: str) -> list[str]:
 @pytest.mark.parametrize("end, status", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_the_next_process_goes_on_where_one_was_stopped(server, end, status):
     server.delay = 0.1  # seconds are left when the signal is sent, on a busy machine too
-    process = subprocess.Popen(
-        command("wan2.1-t2v-1.3b"), stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )  # fmt: skip
+    # What a shell starts in its background ignores Ctrl-C, and so does what that starts.
+    heard = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    run = f"{heard}; from wan_jax.cli import main; sys.exit(main())"
+    arguments = [sys.executable, "-c", run, "download", "wan2.1-t2v-1.3b"]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
     blobs = Path(constants.HF_HUB_CACHE) / "models--Wan-AI--Wan2.1-T2V-1.3B" / "blobs"
     unfinished = blobs / (hashlib.sha256(server.commits["1" * 40][WEIGHTS]).hexdigest() + ".incomplete")
     while not unfinished.exists() or unfinished.stat().st_size < 1_000_000:
