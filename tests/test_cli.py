@@ -118,6 +118,7 @@ def test_every_kind_of_model_is_understood(kind, options, hashes, tiny_folder, c
         ("s-%03d.jpg", "", [f"s-00{i}.jpg" for i in range(5)]),
         ("x.mp4", "--seed 1 22", ["x-seed1.mp4", "x-seed22.mp4"]),
         ("x.mp4", "--offload --segment all --guidance sequential --solver dpm++ --shift 3 --fps 8 --tiled", ["x.mp4"]),
+        ("x.mp4", "--chunk-tokens 256", ["x.mp4"]),
     ],
 )
 def test_outputs_and_options(output, options, written, generate):
@@ -127,6 +128,7 @@ def test_outputs_and_options(output, options, written, generate):
     assert settings["fps"] == (8 if "fps" in options else 16)
     assert settings["guidance"] == ("sequential" if "sequential" in options else "batch")
     assert settings["tiled"] == ("tiled" in options)
+    assert settings["chunk_tokens"] == (256 if "chunk" in options else 0)
 
 
 def test_one_frame_is_a_picture(generate):

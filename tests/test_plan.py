@@ -226,6 +226,19 @@ def one_step(plan) -> float:
     return (stage.weights["dit"] + stage.activations) / 1e9
 
 
+# The same on chunks of at most 4096 tokens, on an RTX 4090.
+CHUNKED = [
+    (SIZE_720P, "fp8", 18.78), (SIZE_480P, "fp8", 16.88), (SIZE_720P, "int8", 19.02), (SIZE_480P, "int8", 17.1),
+    (SIZE_720P, None, 33.2), (SIZE_480P, None, 31.3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "quantize", "gb"), CHUNKED)
+def test_memory_of_a_step_in_chunks(size, quantize, gb):
+    plan = plan_for("wan2.1-t2v-14b", "rtx4090", size, 81, guidance="sequential", chunk_tokens=4096)
+    assert one_step(dataclasses.replace(plan, quantize=quantize)) == pytest.approx(gb, rel=0.03)
+
+
 @pytest.mark.parametrize(("name", "size", "frames", "guidance", "device", "axes", "gb"), STEPS)
 def test_memory_of_a_step(name, size, frames, guidance, device, axes, gb):
     plan = plan_for(name, device, size, frames, axes, guidance=guidance)
@@ -353,17 +366,17 @@ def test_what_to_change_comes_in_order_of_cost():
     assert plan.fits is False and plan.offloads
     changes = plan.changes()
     assert [option for option, _ in changes] == [
-        f"{MEMORY_VARIABLE}=0.95", "--guidance sequential", "--quantize int8"
+        f"{MEMORY_VARIABLE}=0.95", "--guidance sequential", "--chunk-tokens 4096", "--quantize int8"
     ]  # fmt: skip
     peaks = [then.peak / 1e9 for _, then in changes]
     assert peaks[0] == plan.peak / 1e9 and peaks[1] == pytest.approx(35.2, rel=0.01)
-    assert [then.fits for _, then in changes] == [False, False, True]
+    assert [then.fits for _, then in changes] == [False] * 3 + [True]
 
     long = plan_for("wan2.1-t2v-14b", "rtx4090", (1920, 1088), 241).changes()
-    assert [option for option, _ in long][3:] == [
-        "--stream-weights", "or --mesh fsdp=4 on rtx4090x4", "or --size 1280x720", "or --size 832x480"
+    assert [option for option, _ in long][4:] == [
+        "--tiled", "--stream-weights", "or --mesh fsdp=4 on rtx4090x4", "or --size 1280x720", "or --size 832x480"
     ]  # fmt: skip
-    assert [then.fits for _, then in long] == [False] * 4 + [True] * 3
+    assert [then.fits for _, then in long] == [False] * 6 + [True] * 3
 
     one = plan_for("dreamid-omni", "l40s", offload=False)
     assert not one.fits

@@ -65,8 +65,8 @@ PROMPTS_KEPT = 16  # features of earlier prompts, 4 MB each: a batch has thousan
 
 
 @functools.cache
-def dit_velocity(guidance: str) -> Velocity:
-    """The velocity function of a DiT and a `Condition` under one mode of guidance."""
+def dit_velocity(guidance: str, chunk_tokens: int = 0) -> Velocity:
+    """The velocity function of a DiT and a `Condition` under one mode of guidance; ``chunk_tokens``: see `DiT`."""
 
     def velocity(
         args: tuple[Any, Condition], latents: Array, timestep: Array, scale: Array, reuse: Reuse | None = None
@@ -87,6 +87,7 @@ def dit_velocity(guidance: str) -> Velocity:
                 image_BIC=each(condition.image_BIC),
                 token_time=condition.token_time,
                 reuse=reuse and reuse._replace(added=added),
+                chunk_tokens=chunk_tokens,
             )
             return out if reuse else (out, None)
 
@@ -181,9 +182,7 @@ def _encode_with_sound(model: Model, request: Request, sound: SoundRequest) -> S
             condition = condition._replace(identity_BRIC=tokens)
             _free(model, "image_encoder")
         if spec.dit.voice:
-            condition = condition._replace(
-                voice_BRTF=encode_speakers([r.voice for r in references], spec.dit.voice)
-            )
+            condition = condition._replace(voice_BRTF=encode_speakers([r.voice for r in references], spec.dit.voice))
     _free(model, "vae", "audio_vae")
     return condition
 
@@ -269,7 +268,7 @@ def make_velocity(
 ) -> tuple[Velocity, Any]:
     """The velocity function, and what it takes as guidance in every step."""
     if request.sound is None:
-        return dit_velocity(request.guidance), request.guidance_per_step(timesteps, high)
+        return dit_velocity(request.guidance, request.chunk_tokens), request.guidance_per_step(timesteps, high)
     times: dict[str, Any] = {}
     if spec.takes_references:
         shape = latent_shape(spec, request)
@@ -394,11 +393,15 @@ def settings(model: Model, request: Request, seed: int, noise: Any = None) -> di
     given = {"noise_sha256": " ".join(hashes)} if hashes else {}
     if model.quantize:
         given["quantize"] = model.quantize
-    return request.settings(seed) | given | {
-        "dtype": jnp.dtype(model.dtype).name,
-        "loras": [{"name": lora.name, "strength": lora.strength} for lora in model.loras],
-        "versions": {"wan_jax": wan_jax.__version__, "jax": jax.__version__},
-    }
+    return (
+        request.settings(seed)
+        | given
+        | {
+            "dtype": jnp.dtype(model.dtype).name,
+            "loras": [{"name": lora.name, "strength": lora.strength} for lora in model.loras],
+            "versions": {"wan_jax": wan_jax.__version__, "jax": jax.__version__},
+        }
+    )
 
 
 @contextmanager
@@ -428,7 +431,8 @@ def _clear_memory_errors() -> Iterator[None]:
         reason = (str(error).splitlines() or [""])[0]
         raise OutOfMemoryError(
             "out of memory. Use a smaller size or fewer frames, guidance='sequential' (--guidance sequential),"
-            f" tiled=True (--tiled), offload=True (--offload), or more devices (--mesh fsdp=N). {reason}"
+            " chunk_tokens=4096 (--chunk-tokens 4096), tiled=True (--tiled), offload=True (--offload), or more devices"
+            f" (--mesh fsdp=N). {reason}"
         ) from error
 
 
@@ -471,8 +475,8 @@ def generate(
         watermark_key: a secret; by default the public key, with which anyone can verify.
         badge: also write "AI" into a corner of the picture.
         options: ``negative_prompt, size, aspect, num_frames, fps, num_steps, shift, sigma_max, guidance_scale,
-            guidance_interval, solver, guidance, step_cache, tiled`` of `wan_jax.request.resolve`, and those of
-            `wan_jax.request.resolve_sound` for models with sound; defaults are the model's official ones.
+            guidance_interval, solver, guidance, step_cache, chunk_tokens, tiled`` of `wan_jax.request.resolve`, and
+            those of `wan_jax.request.resolve_sound` for models with sound; defaults are the model's official ones.
     Returns:
         A `Clip`, or a list of them for several seeds.
     Raises:

@@ -77,6 +77,7 @@ class Device:
 
 MEMORY_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 MOST_OF_IT = 0.95  # of a GPU; the rest is for the driver and the libraries' own buffers
+CHUNK_TOKENS = 4096  # that the plan offers: still wide products
 # TPUs: cloud.google.com/tpu/docs, pages v5e, v5p, v6e, tpu7x (a chip of v7x is two devices). GPUs: NVIDIA's data
 # sheets, dense rates (A100 80GB SXM, H100 SXM, H200 SXM, HGX B200, L40S) and the architecture white papers of Ada and
 # Blackwell (bf16 with float32 sums). 790 TFLOP/s: the best matrix product measured on an H200.
@@ -175,6 +176,7 @@ def step_bytes(
     axes: Mapping[str, int],
     platform: str,
     quantize: str | None = None,
+    chunk_tokens: int = 0,
 ) -> float:
     """Temporary memory of one forward on one device.
 
@@ -182,10 +184,16 @@ def step_bytes(
     and the hidden layer; in self-attention the stream beside queries, keys and values, what several devices trade of
     them, and the scores of one chunk where no kernel of ``nn/kernels.py`` keeps them to itself. Where products round
     what they multiply (``nn/quant.py``), that stands beside it, in one byte.
+
+    In chunks it is those of one chunk, beside the stream, all keys and values, and the weights of a block.
     """
     d, size = cfg.dim, itemsize
     devices = axes.get("fsdp", 1) * axes.get("seq", 1)
     rows = _share(batch, "B", axes) * -(-tokens // devices)
+    if 0 < chunk_tokens < tokens and devices == 1:
+        kept = rows * (4 + 2 * size) * d + (1 if quantize else size) * (8 * d**2 + 2 * d * cfg.ffn_dim)
+        chunk = -(-tokens // -(-tokens // chunk_tokens))
+        return kept + step_bytes(cfg, chunk, batch, itemsize, axes, platform, quantize) + 8 * tokens * cfg.head_dim
     rounded = int(quantize == "fp8" and platform == "cuda")
     mlp = rows * ((2 * 4 + size) * d + (size + rounded) * cfg.ffn_dim)
     traded = rows * 4 * size * d if devices > 1 else 0
@@ -360,7 +368,7 @@ class Plan:
 
     def _denoise(self) -> Stage:
         cfg, batch, size = self.spec.dit, self.passes if self.request.guidance == "batch" else 1, self._itemsize
-        where = self.axes, self.device.platform, self.quantize
+        where = self.axes, self.device.platform, self.quantize, self.request.chunk_tokens
         activations = step_bytes(cfg, sum(self.tokens.values()), batch, size, *where)
         if batch < self.passes:
             activations += stem_bytes(cfg, size)
@@ -422,16 +430,16 @@ class Plan:
         The last ones are alternatives: more devices, or the next smaller size.
         """
         found: list[tuple[str, Plan]] = []
-        now = self
-        for option, plan in self._cheap():
-            if now.fits is not False:
-                return found
-            plan = plan(now)
-            if plan.peak < now.peak or plan.device.usable > now.device.usable:
-                found.append((option, plan))
-                now = plan
-        if now.fits is False:
-            found += now._dear()
+        now, left = self, dict(self._cheap())
+        while now.fits is False:
+            plans = ((option, change(now)) for option, change in left.items())
+            helps = (x for x in plans if x[1].peak < now.peak or x[1].device.usable > now.device.usable)
+            option, plan = next(helps, (None, now))
+            if option is None:
+                return found + list(now._dear())
+            found.append((option, plan))
+            now = plan
+            del left[option]  # the others may help from here on
         return found
 
     def _cheap(self) -> Iterator[tuple[str, Any]]:
@@ -442,6 +450,9 @@ class Plan:
             yield f"{MEMORY_VARIABLE}={MOST_OF_IT}", lambda now: replace(now, device=larger)
         if self.request.guidance == "batch" and self.passes > 1:
             yield "--guidance sequential", lambda now: replace(now, request=replace(now.request, guidance="sequential"))
+        if not self.request.chunk_tokens and self.request.sound is None:
+            chunked = {"chunk_tokens": CHUNK_TOKENS}
+            yield f"--chunk-tokens {CHUNK_TOKENS}", lambda now: replace(now, request=replace(now.request, **chunked))
         if not self.offloads:
             yield "--offload", lambda now: replace(now, offload=True)
         if (count := self.device.count) > 1 and self.axes["fsdp"] < count:

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 AREA_480P = 832 * 480
 MAX_SEED = 2**63 - 1
 FULL_SCHEDULE = 15  # steps from which neighbours are alike enough for a step cache
+FEWEST_TOKENS = 256  # of a chunk: with fewer the products are thin
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Request:
     solver: str
     guidance: str
     step_cache: float
+    chunk_tokens: int
     tiled: bool
     seeds: tuple[int, ...]
     image: np.ndarray | None = None
@@ -141,6 +143,7 @@ def resolve(
     solver: str = "unipc",
     guidance: str = "batch",
     step_cache: float | None = None,
+    chunk_tokens: int | None = None,
     tiled: bool = False,
     seed: int | Sequence[int] = 0,
     **sound: Any,
@@ -163,6 +166,9 @@ def resolve(
         step_cache: 0 runs every step; 0.05 (careful) to 0.2 (bold) leaves out the network's blocks where they would
             add what they added before, see `wan_jax.sampling.step_cache`. The first clip of a model that was never
             measured runs every step and measures it.
+        chunk_tokens: run the network's blocks on so many tokens at a time, for clips that do not fit: beside the stream
+            there are then only all keys and values, and what one chunk needs. The same clip but for rounding. 0: on all
+            at once. Of models without sound.
         tiled: decode in tiles of the picture, for frames that do not fit; differs slightly, see `VAE.decode_tiled`.
         sound: options of models with sound, see `resolve_sound`.
     Raises:
@@ -181,9 +187,7 @@ def resolve(
         near = max(1, round((num_frames - 1) / stride) * stride + 1)
         raise InputError(f"num_frames={num_frames}: need {stride}n+1, try {near}")
     if spec.task == "flf2v" and num_frames < stride + 1:
-        raise InputError(
-            f"num_frames={num_frames}: a first and a last picture need at least {stride + 1} frames"
-        )
+        raise InputError(f"num_frames={num_frames}: a first and a last picture need at least {stride + 1} frames")
     fps = _typed("fps", fps, float, spec.fps)
     if not 0.1 <= fps <= 240:
         raise InputError(f"fps={fps:g}: need 0.1 to 240, {spec.name} was trained at {spec.fps}")
@@ -219,6 +223,10 @@ def resolve(
         raise InputError(f"step_cache={step_cache:g}: need 0 (off) to 1, try 0.1")
     if step_cache and num_steps < FULL_SCHEDULE:
         log.warning("%d steps leave little to reuse: a step cache is meant for %d and more", num_steps, FULL_SCHEDULE)
+    chunk_tokens = _typed("chunk_tokens", chunk_tokens, int, 0)
+    if chunk_tokens and (chunk_tokens < FEWEST_TOKENS or heard):
+        least = f"need {FEWEST_TOKENS} or more, or 0 (all at once); try 4096"
+        raise InputError(f"chunk_tokens={chunk_tokens}: " + ("of models without sound" if heard else least))
     seeds = tuple(_typed("seed", s, int) for s in (seed if _is_sequence(seed) else (seed,)))
     for s in seeds:
         if not 0 <= s <= MAX_SEED:
@@ -246,6 +254,7 @@ def resolve(
         solver=solver,
         guidance="none" if scale in (1.0, (1.0, 1.0)) and not heard else guidance,
         step_cache=step_cache,
+        chunk_tokens=chunk_tokens,
         tiled=_typed("tiled", tiled, bool, False),
         seeds=seeds,
         image=image,
@@ -403,9 +412,7 @@ def _size(
     for name, value in zip(("width", "height"), asked, strict=True):
         if value < multiple or (value % multiple and image is None):
             near = max(multiple, round(value / multiple) * multiple)
-            raise InputError(
-                f"size {asked[0]}x{asked[1]}: {name} must be a multiple of {multiple}, try {near}"
-            )
+            raise InputError(f"size {asked[0]}x{asked[1]}: {name} must be a multiple of {multiple}, try {near}")
     if image is None:
         return asked, asked
     rows, columns, area = *image.shape[:2], asked[0] * asked[1]
@@ -496,7 +503,7 @@ def from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `resolve` out of settings embedded in a file. Nothing that names a path is taken from there."""
     known = (
         "prompt", "negative_prompt", "size", "num_frames", "fps", "num_steps", "shift", "sigma_max", "guidance_scale",
-        "guidance_interval", "solver", "guidance", "step_cache", "tiled", "seed", "audio", "video",
+        "guidance_interval", "solver", "guidance", "step_cache", "chunk_tokens", "tiled", "seed", "audio", "video",
         "audio_negative_prompt", "audio_guidance_scale", "image_guidance", "voice_guidance", "sync_guidance",
         "clean_voice",
     )  # fmt: skip

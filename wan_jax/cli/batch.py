@@ -280,8 +280,8 @@ def _shape(request: Request) -> tuple[Any, ...]:
     pictures = request.image is not None, request.last_image is not None
     streams = (sound.video, sound.audio, sound.num_latents) if sound else ()
     return (
-        request.width, request.height, request.num_frames, request.guidance, request.solver, request.tiled,
-        *pictures, *streams, *references,
+        request.width, request.height, request.num_frames, request.guidance, request.solver,
+        request.chunk_tokens, request.tiled, *pictures, *streams, *references,
     )  # fmt: skip
 
 

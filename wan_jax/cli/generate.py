@@ -144,6 +144,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--guidance", choices=("batch", "sequential"), help="prompt and negative prompt at once (default) or in turn"
     )
     where.add_argument(
+        "--chunk-tokens", type=int, metavar="N",
+        help="run the network on N tokens at a time: less memory for large clips; try 4096. Of models without sound",
+    )  # fmt: skip
+    where.add_argument(
         "--tiled", action="store_true", default=None, help="decode in tiles of the picture: less memory at large sizes"
     )
     where.add_argument(

@@ -25,7 +25,7 @@ cpu, with the memory that is free here. Several devices share everything (fsdp) 
 Least seconds are operations over the device's rate: no program is as fast. --compile asks the device's own compiler
 for the memory of a step; it needs the compiler's package (libtpu, or jax[cuda13]), no device.
 """
-OPTIONS = ("size", "aspect", "num_frames", "num_steps", "guidance", "guidance_scale", "tiled")
+OPTIONS = ("size", "aspect", "num_frames", "num_steps", "guidance", "guidance_scale", "chunk_tokens", "tiled")
 VOICE_SECOND = 16_000  # samples: what a model hears of each reference
 
 
@@ -45,6 +45,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--num-steps", type=int, help="sampling steps; default: the model's")
     parser.add_argument("--guidance-scale", type=float, nargs="+", help="1 is off")
     parser.add_argument("--guidance", choices=("batch", "sequential"), help="passes at once (default) or in turn")
+    parser.add_argument("--chunk-tokens", type=int, metavar="N", help="blocks run on N tokens at a time")
     parser.add_argument("--tiled", action="store_true", default=None, help="decode in tiles of the picture")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
     parser.add_argument("--quantize", choices=KINDS, help="weights of one byte, see `generate`")

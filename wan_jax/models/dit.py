@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wan_jax.config import DiTConfig
-from wan_jax.nn.context import Tokens, attend, even
+from wan_jax.nn.context import Tokens, attend, chunk_of, even
 from wan_jax.nn.layers import (
     MLP,
     LayerNorm,
@@ -103,12 +103,18 @@ class Attention(nnx.Module):
         keys_are: Tokens | None = None,
     ) -> Array:
         """Attention to one source of keys and values; ``rope`` turns the keys."""
-        dtype = k.kernel.dtype
+        keys, values = self.keys_and_values(source_BSD, k, norm_k, v, rope)
+        queries_are, keys_are = queries_are or Tokens(q_BLNK.shape[1]), keys_are or Tokens(keys.shape[1])
+        return attend(q_BLNK.astype(keys.dtype), keys, values, queries_are, keys_are)
+
+    def keys_and_values(
+        self, source_BSD: Array, k: Linear, norm_k: RMSNorm, v: Linear, rope: Rope | None
+    ) -> tuple[Array, Array]:
+        """Both [B, S, N, K], in the dtype of the matrices."""
         keys, values = self._heads(source_BSD, k, norm_k), v.heads(source_BSD, self.num_heads)
         if rope is not None:
             keys = rotate(keys, rope)
-        queries_are, keys_are = queries_are or Tokens(q_BLNK.shape[1]), keys_are or Tokens(keys.shape[1])
-        return attend(q_BLNK.astype(dtype), keys.astype(dtype), values, queries_are, keys_are)
+        return keys.astype(k.kernel.dtype), values
 
     def _heads(self, x_BLD: Array, linear: Linear, norm: RMSNorm) -> Array:
         """Queries or keys, rounded to the dtype of the matrices before they are turned, as in the official code."""
@@ -138,15 +144,17 @@ class Block(nnx.Module):
         self, x_BLD: Array, modulation: tuple[Array, ...], rope: Rope, tokens: Tokens
     ) -> tuple[Array, Array]:
         """The stream after self-attention, and what that added before the gate."""
-        shift, scale, gate = modulation[:3]
-        h = layer_norm(x_BLD, self.eps) * (1 + scale) + shift
+        h = self.normed(x_BLD, modulation[:2])
         out = self.self_attn(h, h, rope=rope, tokens=tokens)
-        return x_BLD + gate * out, out
+        return x_BLD + modulation[2] * out, out
 
     def feed_forward(self, x_BLD: Array, modulation: tuple[Array, ...]) -> Array:
         """The stream after the MLP."""
-        shift, scale, gate = modulation[3:]
-        return x_BLD + gate * self.ffn(layer_norm(x_BLD, self.eps) * (1 + scale) + shift)
+        return x_BLD + modulation[5] * self.ffn(self.normed(x_BLD, modulation[3:5]))
+
+    def normed(self, x_BLD: Array, modulation: tuple[Array, ...]) -> Array:
+        shift, scale = modulation
+        return layer_norm(x_BLD, self.eps) * (1 + scale) + shift
 
     def __call__(
         self,
@@ -163,6 +171,54 @@ class Block(nnx.Module):
         cross_attn = self.cross_attn(self.norm3(x_BLD), text, image_BID=image, tokens=tokens)
         x_BLD = constrain(self.feed_forward(x_BLD + cross_attn, modulation), "B", "L", None)
         return x_BLD, {"self_attn": self_attn, "cross_attn": cross_attn, "block": x_BLD}
+
+    def in_chunks(
+        self,
+        x_BLD: Array,
+        time_BE6D: Array,
+        token_time: Array | None,
+        text: Array,
+        image: Array | None,
+        rope: Rope,
+        tokens: Tokens,
+        chunk: int,
+    ) -> Array:
+        """The stream after the block, ``chunk`` tokens at a time: the whole block's memory is that of the stream, of
+        all keys and values, and of one chunk.
+
+        Only self-attention takes tokens to each other. Once its keys and values are there, every chunk goes through
+        the rest alone, and comes to lie where it was.
+        """
+        attn, count = self.self_attn, x_BLD.shape[1] // chunk
+
+        def cut(x_BLD: Array, start: Array) -> tuple[Array, tuple[Array, ...], Rope]:
+            def of(x: Array, axis: int) -> Array:
+                return jax.lax.dynamic_slice_in_dim(x, start, chunk, axis)
+
+            times = None if token_time is None else of(token_time, 1)
+            return of(x_BLD, 1), self.modulate(time_BE6D, times), (of(rope[0], 0), of(rope[1], 0))
+
+        def put(x: Array, part: Array, start: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(x, part, start, 1)
+
+        def hold(i: Array, held: tuple[Array, Array]) -> tuple[Array, Array]:
+            part, modulation, turn = cut(x_BLD, i * chunk)
+            new = attn.keys_and_values(self.normed(part, modulation[:2]), attn.k, attn.norm_k, attn.v, turn)
+            return put(held[0], new[0], i * chunk), put(held[1], new[1], i * chunk)
+
+        shape = *x_BLD.shape[:2], attn.num_heads, x_BLD.shape[2] // attn.num_heads
+        nothing = jnp.zeros(shape, attn.k.kernel.dtype)
+        keys, values = jax.lax.fori_loop(0, count, hold, (nothing, nothing))
+
+        def rest(i: Array, x_BLD: Array) -> Array:
+            part, modulation, turn = cut(x_BLD, i * chunk)
+            q = rotate(attn.queries(self.normed(part, modulation[:2])), turn).astype(keys.dtype)
+            met = attend(q, keys, values, Tokens(chunk), tokens)
+            part = part + modulation[2] * attn.o.from_heads(met)
+            part = part + self.cross_attn(self.norm3(part), text, image_BID=image)
+            return put(x_BLD, self.feed_forward(part, modulation), i * chunk)
+
+        return jax.lax.fori_loop(0, count, rest, x_BLD)
 
 
 class ImageEmbedding(nnx.Module):
@@ -259,6 +315,7 @@ class DiT(Trunk):
         image_BIC: Array | None = None,
         token_time: Array | None = None,
         reuse: Reuse | None = None,
+        chunk_tokens: int = 0,
         remat: bool = False,
         capture: bool = False,
     ) -> Any:
@@ -272,6 +329,8 @@ class DiT(Trunk):
             image_BIC: CLIP features (Wan2.1 I2V: 257 tokens; FLF2V: 514, first image then last).
             token_time: [B or 1, L] int, which of the two timesteps each token has (TI2V: 1 on the clean first frame).
             reuse: leave out the blocks where it says so; also return what they added. Not together with ``capture``.
+            chunk_tokens: run the blocks on chunks of at most so many tokens, for less memory, see `Block.in_chunks`; 0:
+                on all at once. Devices that share the tokens do without. Not together with ``capture``.
             remat: recompute blocks in the backward pass.
             capture: also return a dict of named intermediates; ``self_attn``, ``cross_attn`` and ``block`` carry a
                 leading layer axis.
@@ -286,17 +345,20 @@ class DiT(Trunk):
             raise ValueError(f"{x.shape[-1]} channels with the condition, this model takes {cfg.in_dim}")
         x, grid = patchify(x, cfg.patch_size)
         tokens = Tokens(x.shape[1], shared=True)
-        x = constrain(even(self.patch_embedding(x).astype(jnp.float32)), "B", "L", None)
+        chunk = chunk_of(tokens.count, chunk_tokens)
+        x = constrain(even(self.patch_embedding(x).astype(jnp.float32), 1, chunk), "B", "L", None)
         if token_time is not None:
-            token_time = even(token_time)
+            token_time = even(token_time, 1, chunk)
 
         time_BED, time_BE6D = self.embed_time(timesteps.reshape(x.shape[0], -1).astype(jnp.float32))
         text = self.text_embedding(text_BSC)
         image = self.img_emb(image_BIC) if cfg.image_tokens else None
         cos, sin = rope_table(grid, cfg.head_dim)
-        rope = even(cos, 0), even(sin, 0)
+        rope = even(cos, 0, chunk), even(sin, 0, chunk)
 
         def block(module: Block, x: Array) -> tuple[Array, Any]:
+            if chunk:
+                return module.in_chunks(x, time_BE6D, token_time, text, image, rope, tokens, chunk), None
             x, out = module(x, time_BE6D, token_time, text, image, rope, tokens)
             return x, jax.tree.map(lambda x: x[:, : tokens.count], out) if capture else None
 

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from wan_jax.errors import InputError
 from wan_jax.nn.attention import attention, attention_to_part
 from wan_jax.nn.kernels import tile
+from wan_jax.nn.quant import TILE
 from wan_jax.nn.setting import Setting
 from wan_jax.parallel import ACTIVATION_AXES, activation_spec
 
@@ -46,13 +47,26 @@ class Tokens(NamedTuple):
     shared: bool = False
 
 
-def even(x_BLD: Array, axis: int = 1) -> Array:
+def even(x_BLD: Array, axis: int = 1, chunk: int = 0) -> Array:
     """Add zeros so that the devices of the mesh can share the tokens evenly, and that the tiles of the kernels cover
-    them; they must be `Tokens.shared`.
+    them; they must be `Tokens.shared`. Or so that they are whole chunks, see `chunk_of`.
     """
     widths = [(0, 0)] * x_BLD.ndim
-    widths[axis] = (0, -x_BLD.shape[axis] % tile(x_BLD.shape[axis], _devices()[1]))
+    widths[axis] = (0, -x_BLD.shape[axis] % (chunk or tile(x_BLD.shape[axis], _devices()[1])))
     return jnp.pad(x_BLD, widths) if widths[axis][1] else x_BLD
+
+
+def chunk_of(count: int, most: int) -> int:
+    """How long the fewest equal chunks of ``count`` tokens are that are no longer than ``most``.
+
+    Returns:
+        A multiple of `TILE`; 0 for all at once: ``most`` is 0 or covers them, or devices share the tokens, whose shares
+        are chunks already.
+    """
+    if not 0 < most < count or _devices()[1] > 1:
+        return 0
+    chunk = -(-count // -(-count // most))
+    return -(-chunk // TILE) * TILE
 
 
 def attend(q_BLNK: Array, k_BSNK: Array, v_BSNK: Array, queries: Tokens, keys: Tokens) -> Array:
