@@ -149,9 +149,9 @@ def compile_here(
 ) -> jax.stages.Compiled:
     """The program of one step, compiled in this process, whose environment must be that of `environment`."""
     run, arguments = step(spec, request, DTYPES[dtype], quantize)
-    options, platforms = {}, None
+    options, platforms = compiler_options(device.platform), None
     if device.platform == "cpu":
-        devices, options = jax.devices(), compiler_options()
+        devices = jax.devices()
     else:
         devices = _topology(device)
         platforms = (device.platform,) if device.platform == "cuda" else None

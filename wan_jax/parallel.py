@@ -8,6 +8,7 @@ says on which mesh axes a logical axis lies. An axis that does not divide evenly
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -65,6 +66,7 @@ RULES: dict[str, tuple[tuple[str, tuple[str | None, ...]], ...]] = {
     # Small too, and a clip of sound is short: every device does all of it.
     "audio_vae": ((r".*\.(kernel|learnable_gain)|data_(mean|std)", _REPLICATED),),
     "vocoder": ((r".*\.(kernel|bias|alpha|beta)", _REPLICATED),),
+    "reader": ((r"kernel|bias", _REPLICATED),),  # of the image encoder's training
     "lora": ((r".*\.(down|up)", _REPLICATED),),  # factors in training: small
     "text_encoder": (
         (r"token_embedding\.embedding", ("vocab", "in")),
@@ -213,13 +215,29 @@ def memory_budget(mesh: Mesh | None) -> int:
     return free_host_memory() or 16 * 2**30  # unknown: assume a common laptop
 
 
-def compiler_options() -> dict[str, str]:
-    """Options for `jax.jit` of a program with a scanned stack.
+def compiler_options(platform: str | None = None) -> dict[str, str]:
+    """Options for `jax.jit` of a program with a scanned stack; ``platform``: "cpu", "cuda", "tpu", default this one's.
 
     XLA:CPU has no bfloat16 products: it converts the weights to float32 and hoists that conversion out of the scan,
     which keeps a float32 copy of *all* layers alive. Without the hoisting pass only one layer is converted at a
-    time. Other platforms multiply bfloat16 directly and need nothing.
+    time. Other platforms multiply bfloat16 directly.
+
+    XLA:GPU makes one product of small ones that share an input, such as the keys and values of the text, but writes
+    their weights side by side for it in every layer, and no longer sees that they are of 8 bits.
     """
-    if jax.default_backend() != "cpu":
-        return {}
-    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+    options = {
+        "cpu": {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"},
+        "gpu": {"xla_gpu_dot_merger_threshold_mb": "0"},
+    }
+    platform = (platform or jax.default_backend()).replace("cuda", "gpu")
+    return {name: value for name, value in options.get(platform, {}).items() if _is_known(name, value)}
+
+
+@functools.cache
+def _is_known(option: str, value: str) -> bool:
+    """Whether this compiler has an option: XLA drops them as it changes."""
+    try:
+        jax.jit(lambda: 0, compiler_options={option: value}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True

@@ -393,15 +393,12 @@ def settings(model: Model, request: Request, seed: int, noise: Any = None) -> di
     given = {"noise_sha256": " ".join(hashes)} if hashes else {}
     if model.quantize:
         given["quantize"] = model.quantize
-    return (
-        request.settings(seed)
-        | given
-        | {
-            "dtype": jnp.dtype(model.dtype).name,
-            "loras": [{"name": lora.name, "strength": lora.strength} for lora in model.loras],
-            "versions": {"wan_jax": wan_jax.__version__, "jax": jax.__version__},
-        }
-    )
+    of_model = {
+        "dtype": jnp.dtype(model.dtype).name,
+        "loras": [{"name": lora.name, "strength": lora.strength} for lora in model.loras],
+        "versions": {"wan_jax": wan_jax.__version__, "jax": jax.__version__},
+    }
+    return request.settings(seed) | given | of_model
 
 
 @contextmanager
