@@ -28,6 +28,10 @@ def get_config() -> ConfigDict:
         steps=3000, batch=16, optimizer="muon", learning_rate=2e-3, warmup=50, ema=0.998, steps_per_call=10,
         window=16_384,
     )  # fmt: skip
+    config.image_encoder.update(batch=256, ema=0.999, steps_per_call=10)
+    config.speech.update(
+        steps=5000, batch=256, learning_rate=1e-3, warmup=200, ema=0.9995, steps_per_call=5, pool=16_384, refresh=2500
+    )
     config.twin.update(
         steps=10_000, batch=256, learning_rate=1e-3, warmup=300, ema=0.9995, steps_per_call=5, pool=16_384, refresh=5000
     )

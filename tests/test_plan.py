@@ -203,33 +203,34 @@ def test_passes_of_a_step(name, options, passes):
 
 # ---- memory ------------------------------------------------------------------------------------------------
 
-# Compiler estimates of arguments and temporaries of one step, GB (jax 0.10.2; CUDA 13 plugin, libtpu 0.0.42.1).
+# Compiler estimates of arguments and temporaries of one step, GB (jax 0.10.2; CUDA 13 plugin, libtpu 0.0.42.1). The
+# prompt has been read by then, and the weights that this took are not among the arguments.
 STEPS = [
-    ("wan2.2-t2v-a14b", SIZE_720P, 81, "sequential", "h200", None, 35.22),
-    ("wan2.2-t2v-a14b", SIZE_720P, 81, "batch", "h200", None, 41.16),
-    ("wan2.2-t2v-a14b", SIZE_480P, 81, "sequential", "h200", None, 31.76),
-    ("wan2.1-t2v-1.3b", SIZE_480P, 81, "batch", "h200", None, 5.16),
-    ("wan2.1-t2v-1.3b", SIZE_480P, 81, "sequential", "h200", None, 4.07),
-    ("wan2.1-i2v-14b-480p", SIZE_480P, 81, "batch", "h200", None, 38.78),
-    ("wan2.2-ti2v-5b", (1280, 704), 121, "sequential", "h200", None, 11.99),
+    ("wan2.2-t2v-a14b", SIZE_720P, 81, "sequential", "h200", None, 32.20),
+    ("wan2.2-t2v-a14b", SIZE_720P, 81, "batch", "h200", None, 37.72),
+    ("wan2.2-t2v-a14b", SIZE_480P, 81, "sequential", "h200", None, 28.72),
+    ("wan2.1-t2v-1.3b", SIZE_480P, 81, "batch", "h200", None, 5.04),
+    ("wan2.1-t2v-1.3b", SIZE_480P, 81, "sequential", "h200", None, 4.05),
+    ("wan2.1-i2v-14b-480p", SIZE_480P, 81, "batch", "h200", None, 31.14),
+    ("wan2.2-ti2v-5b", (1280, 704), 121, "sequential", "h200", None, 11.37),
     ("dreamid-omni", (1280, 704), 121, "sequential", "h200", None, 26.70),
     ("dreamid-omni", (1280, 704), 121, "batch", "h200", None, 30.58),
     ("wan2.6-r2av-11b", (1280, 704), 121, "sequential", "h200", None, 29.0),
-    ("wan2.1-flf2v-14b-720p", SIZE_720P, 81, "batch", "h200", None, 45.4),
-    ("wan2.2-t2v-a14b", SIZE_720P, 81, "batch", "h200x8", {"fsdp": 8}, 7.09),
-    ("wan2.2-t2v-a14b", SIZE_720P, 81, "batch", "h200x8", {"data": 2, "seq": 4}, 31.16),
+    ("wan2.1-flf2v-14b-720p", SIZE_720P, 81, "batch", "h200", None, 38.59),
+    ("wan2.2-t2v-a14b", SIZE_720P, 81, "batch", "h200x8", {"fsdp": 8}, 7.37),
+    ("wan2.2-t2v-a14b", SIZE_720P, 81, "batch", "h200x8", {"data": 2, "seq": 4}, 27.28),
 ]
 
 
 def one_step(plan) -> float:
     stage = next(stage for stage in plan.stages if stage.name == "denoise")
-    return (stage.weights["dit"] + stage.activations) / 1e9
+    return (stage.weights["dit"] - plan._reader + stage.activations) / 1e9
 
 
 # The same on chunks of at most 4096 tokens, on an RTX 4090.
 CHUNKED = [
-    (SIZE_720P, "fp8", 18.78), (SIZE_480P, "fp8", 16.88), (SIZE_720P, "int8", 19.02), (SIZE_480P, "int8", 17.1),
-    (SIZE_720P, None, 33.2), (SIZE_480P, None, 31.3),
+    (SIZE_720P, "fp8", 17.79), (SIZE_480P, "fp8", 15.94), (SIZE_720P, "int8", 17.96), (SIZE_480P, "int8", 16.11),
+    (SIZE_720P, None, 30.02), (SIZE_480P, None, 28.17),
 ]  # fmt: skip
 
 
@@ -272,7 +273,8 @@ def test_offloading_holds_one_network():
     weights = {part: size for stage in plan.stages for part, size in stage.weights.items()}
     assert set(weights) == {"text_encoder", "dit", "dit_low", "vae"}
     assert weights["dit"] == weights["dit_low"] == pytest.approx(28.95e9, rel=0.001)  # bfloat16 but the time embedding
-    assert together["denoise"] - alone["denoise"] == weights["text_encoder"] + weights["dit_low"]
+    assert together["denoise"] - alone["denoise"] == weights["text_encoder"] + weights["dit_low"] + plan._reader
+    assert plan._reader == pytest.approx(4.29e9, rel=0.01)  # keys and values of the text: a seventh
     assert together["decode"] - alone["decode"] == sum(weights.values()) - weights["vae"]
 
 
@@ -369,7 +371,7 @@ def test_what_to_change_comes_in_order_of_cost():
         f"{MEMORY_VARIABLE}=0.95", "--guidance sequential", "--chunk-tokens 4096", "--quantize int8"
     ]  # fmt: skip
     peaks = [then.peak / 1e9 for _, then in changes]
-    assert peaks[0] == plan.peak / 1e9 and peaks[1] == pytest.approx(35.2, rel=0.01)
+    assert peaks[0] == plan.peak / 1e9 and peaks[1] == pytest.approx(31.8, rel=0.01)
     assert [then.fits for _, then in changes] == [False] * 3 + [True]
 
     long = plan_for("wan2.1-t2v-14b", "rtx4090", (1920, 1088), 241).changes()
@@ -422,7 +424,7 @@ def test_the_plan_in_words(capsys):
     command = "plan --model wan2.1-t2v-14b --size 1280x720 --num-frames 81 --num-steps 40 --device rtx4090"
     assert main(command.split()) == 0
     said = capsys.readouterr().out
-    for part in ("75,600 video", "1,809.7", "does not fit", "--guidance sequential: 35.2 GB", "--quantize int8: "):
+    for part in ("75,600 video", "1,809.7", "does not fit", "--guidance sequential: 31.8 GB", "--quantize int8: "):
         assert part in said
     assert main([*command.split(), "--num-frames", "80"]) == 2
     assert "need 4n+1, try 81" in capsys.readouterr().err

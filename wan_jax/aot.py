@@ -25,9 +25,10 @@ from wan_jax.conditions import Condition, pin_first_frame
 from wan_jax.config import ModelSpec
 from wan_jax.errors import InputError, WanError
 from wan_jax.model import DTYPES, build
+from wan_jax.models.dit import Context
 from wan_jax.models.identity import voice_features
-from wan_jax.parallel import compiler_options, make_mesh, param_sharding, replicated, use_mesh
-from wan_jax.pipeline import latent_shape, make_velocity
+from wan_jax.parallel import activation_spec, compiler_options, make_mesh, param_sharding, replicated, use_mesh
+from wan_jax.pipeline import latent_shape, make_velocity, settle
 from wan_jax.plan import Device
 from wan_jax.request import Request
 from wan_jax.sampling.guidance import expert_steps
@@ -69,10 +70,18 @@ class Memory(NamedTuple):
 
 
 def step(
-    spec: ModelSpec, request: Request, dtype: Any = jnp.bfloat16, quantize: str | None = None
+    spec: ModelSpec,
+    request: Request,
+    dtype: Any = jnp.bfloat16,
+    quantize: str | None = None,
+    *,
+    settled: bool = True,
 ) -> tuple[Any, Any]:
     """One step of sampling as `pipeline.denoise` runs it, and its arguments by shape: network, condition, state, steps,
     known latents.
+
+    Args:
+        settled: the first two are as `pipeline.settle` leaves them.
     """
     latents = jax.tree.map(_array, latent_shape(spec, request), is_leaf=lambda x: isinstance(x, tuple))
     condition = (_condition if request.sound is None else _sound_condition)(spec, request, latents)
@@ -84,7 +93,10 @@ def step(
     def run(network: Any, condition: Any, state: Any, steps: Any, pin: Any) -> Any:
         return run_segment(velocity, (network, condition), state, steps, pin)
 
-    return run, (build("dit", spec, dtype, quantize), condition, State(*[latents] * 4), steps, condition.pin)
+    network = build("dit", spec, dtype, quantize)
+    if settled and isinstance(condition, Condition):
+        network, condition = jax.eval_shape(settle, network, condition)
+    return run, (network, condition, State(*[latents] * 4), steps, condition.pin)
 
 
 def _array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -163,9 +175,17 @@ def compile_here(
 
     network, *rest = arguments
     placed = {path: place(x, param_sharding("dit", path, x.shape, mesh)) for path, x in flatten_params(network).items()}
+    condition, *rest = jax.tree.map(place, rest)
     with use_mesh(mesh):
-        traced = jax.jit(run, donate_argnums=2).trace(unflatten_like(network, placed), *jax.tree.map(place, rest))
+        if isinstance(getattr(condition, "text", None), Context):  # it lies as the program leaves it that has read it
+            context = jax.tree.map(lambda x: place(x, _shared(x, mesh)), condition.text)
+            condition = condition._replace(text=context)
+        traced = jax.jit(run, donate_argnums=2).trace(unflatten_like(network, placed), condition, *rest)
         return traced.lower(lowering_platforms=platforms).compile(options)
+
+
+def _shared(x: Any, mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+    return jax.sharding.NamedSharding(mesh, activation_spec(x.shape, "B", None, None, "N", None))
 
 
 def memory_here(*program: Any) -> Memory:

@@ -14,6 +14,7 @@ import numpy as np
 
 from wan_jax.media import to_unit
 from wan_jax.models.clip import preprocess
+from wan_jax.models.dit import Context, DiT
 from wan_jax.nn.resize import bicubic_resize
 from wan_jax.parallel import compiler_options
 from wan_jax.sampling.sampler import Pin
@@ -26,18 +27,27 @@ TEXT_STEP = 128  # tokens; most prompts are shorter
 class Condition(NamedTuple):
     """Everything that steers one clip, as arrays.
 
-    text_GSC: features of the prompt and (G = 2) of the negative prompt, zero rows up to the text length.
+    text: features [G, S, C] of the prompt and (G = 2) of the negative prompt, zero rows up to the text length; or what
+        the network has read of them and of the CLIP tokens, see `DiT.read`.
     video_BTHWC: mask and condition latents, concatenated to the noisy latents (I2V, FLF2V).
     image_BIC: CLIP tokens (Wan2.1 I2V, FLF2V).
     token_time: [1, L], 1 where a token belongs to the clean first frame (TI2V with a picture).
     pin: latents that stay as they are (TI2V with a picture).
     """
 
-    text_GSC: Array
+    text: Array | Context
     video_BTHWC: Array | None = None
     image_BIC: Array | None = None
     token_time: Array | None = None
     pin: Pin | None = None
+
+
+def read(dit: DiT, condition: Condition) -> Context:
+    """What a network makes of the prompts and the picture, the same in every step."""
+    image = condition.image_BIC
+    if image is not None:
+        image = jnp.broadcast_to(image, (len(condition.text), *image.shape[1:]))
+    return dit.read(condition.text, image)
 
 
 def encode_text(encoder: Any, ids: np.ndarray, mask: np.ndarray) -> Array:

@@ -477,7 +477,7 @@ NANO = ModelSpec(
         temporal_downsample=(True, True), spatial_downsample=(False, False), latents_mean=(0.0,) * 64,
         latents_std=(1.0,) * 64,
     ),
-    text=UMT5Config(vocab_size=192, dim=128, dim_attn=128, dim_ffn=256, num_heads=4, num_layers=2),
+    text=UMT5Config(vocab_size=256, dim=128, dim_attn=128, dim_ffn=256, num_heads=4, num_layers=2),
     clip=CLIPConfig(image_size=96, patch_size=12, dim=96, mlp_dim=384, num_heads=3, num_layers=3, out_dim=0),
     sound=SoundSpec(
         vae=AudioVAEConfig(dim=48, dim_mult=(1, 2), num_res_blocks=1), vocoder=None, num_latents=66,

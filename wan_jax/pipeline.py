@@ -26,6 +26,7 @@ from wan_jax.conditions import (
     first_frame_latents,
     fit_picture,
     pin_first_frame,
+    read,
     video_condition,
 )
 from wan_jax.config import ModelSpec
@@ -33,7 +34,8 @@ from wan_jax.distributed import fetch
 from wan_jax.errors import InputError, OutOfMemoryError
 from wan_jax.media import Clip, read_image
 from wan_jax.model import Model
-from wan_jax.models.fusion import STREAMS
+from wan_jax.models.dit import DiT
+from wan_jax.models.fusion import STREAMS, Fusion
 from wan_jax.models.vae import to_uint8
 from wan_jax.nn.reuse import Reuse
 from wan_jax.parallel import compiler_options, use_mesh
@@ -92,7 +94,7 @@ def dit_velocity(guidance: str, chunk_tokens: int = 0) -> Velocity:
             return out if reuse else (out, None)
 
         added = reuse and reuse.added
-        out = guided(network, latents, timestep, classifier_free(scale), condition.text_GSC, guidance, added)
+        out = guided(network, latents, timestep, classifier_free(scale), condition.text, guidance, added)
         return out if reuse else out[0]
 
     return velocity
@@ -244,7 +246,8 @@ def denoise(
         ours = [phase for phase in every if phase.high_noise == high_noise]
         if all(done >= phase.stop for done, _ in runs for phase in ours):
             continue
-        args = (model.network(part), condition)
+        args = settle(model.network(part), condition, compiled("read", read))
+        _free(model, part)  # what has read the prompt: the rest is in the arguments
         for i, phase in itertools.product(range(len(runs)), ours):
             (done, state), now = runs[i], replace(request, guidance=phase.mode)
             velocity, guidance = make_velocity(spec, now, condition, schedule.timesteps, high)
@@ -257,10 +260,16 @@ def denoise(
             )  # fmt: skip
             runs[i] = (max(phase.stop, done), state)
         del args
-        _free(model, part)
     if measure:
         measure.keep(spec.name, levels)
     return [state.sample for _, state in runs]
+
+
+def settle(network: DiT | Fusion, condition: Condition | SoundCondition, run: Any = read) -> tuple[Any, Any]:
+    """Network and condition as the steps take them: what depends on the prompt alone is computed once, by ``run``."""
+    if isinstance(network, Fusion):
+        return network, condition
+    return network.without_reader(), condition._replace(text=run(network, condition), image_BIC=None)
 
 
 def make_velocity(

@@ -14,7 +14,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from wan_jax.checkpoint import flatten_params
 from wan_jax.config import DiTConfig, FusionConfig, ModelSpec
 from wan_jax.errors import InputError, nearest
 from wan_jax.model import DTYPES, RESIDENT_SHARE, build, check_quantize, streams
+from wan_jax.models.dit import READER
 from wan_jax.models.vae import TILE
 from wan_jax.nn.attention import SCORE_BYTES_ACCELERATOR
 from wan_jax.nn.stack import is_streamed
@@ -142,8 +143,11 @@ def weight_bytes(
     mesh: jax.sharding.Mesh | None,
     quantize: str | None = None,
     stream: bool = False,
+    within: Sequence[str] = ("",),
 ) -> int:
-    """Bytes of one network's parameters on one device; ``stream``: of the kernels that do so one layer."""
+    """Bytes of one network's parameters on one device; ``stream``: of the kernels that do so one layer; ``within``:
+    those under these paths.
+    """
     network = "dit" if part == "dit_low" else part
 
     def size(path: str, leaf: Any) -> int:
@@ -151,7 +155,8 @@ def weight_bytes(
         here = math.prod(shape) * leaf.dtype.itemsize
         return here // leaf.shape[0] if stream and streams(part) and is_streamed(path) else here
 
-    return sum(size(path, leaf) for path, leaf in _shapes(spec, network, dtype, quantize).items())
+    shapes = _shapes(spec, network, dtype, quantize)
+    return sum(size(path, leaf) for path, leaf in shapes.items() if path.startswith(tuple(within)))
 
 
 @functools.cache
@@ -262,9 +267,19 @@ class Plan:
 
     @functools.cached_property
     def _weights(self) -> dict[str, int]:
+        return {part: weight_bytes(self.spec, part, *self._held) for part in spec_parts(self.spec)}
+
+    @functools.cached_property
+    def _held(self) -> tuple[Any, ...]:
         mesh = make_mesh(self.axes, [object()] * self.device.count) if self.device.count > 1 else None
-        held = self.dtype, mesh, self.quantize, self.stream
-        return {part: weight_bytes(self.spec, part, *held) for part in spec_parts(self.spec)}
+        return self.dtype, mesh, self.quantize, self.stream
+
+    @functools.cached_property
+    def _reader(self) -> int:
+        """Bytes of the weights that are let go once the prompt is read."""
+        if isinstance(self.spec.dit, FusionConfig):
+            return 0
+        return weight_bytes(self.spec, "dit", *self._held, [f"{name}." for name in READER])
 
     @functools.cached_property
     def clip_tokens(self) -> dict[str, int]:
@@ -373,8 +388,11 @@ class Plan:
         if batch < self.passes:
             activations += stem_bytes(cfg, size)
         text = (1 + isinstance(cfg, FusionConfig)) * self.passes * 4 * cfg.text_len * cfg.text_dim
+        if not isinstance(cfg, FusionConfig):  # keys and values of every block
+            kept = cfg.num_layers * (cfg.text_len + cfg.image_tokens) * 2 * cfg.dim * size
+            text += kept * _share(self.passes, "B", self.axes)
         state = 4 * self.tokens["video"] * math.prod(cfg.patch_size) * (4 * cfg.out_dim + cfg.in_dim)
-        work = self.forward.total * self.forwards
+        work = self.forward.total * self.forwards  # reading the prompt, a thousandth of a pass, is counted in each
         eight_bits = self.forward.linear * self.forwards if self.quantize == "fp8" and self.device.fp8 else 0.0
         return self._stage("denoise", work, self.dtype, ("dit", "dit_low"), activations + text + state, eight_bits)
 
@@ -408,7 +426,8 @@ class Plan:
             parts = dict(held)
             if offload and "dit_low" in parts:  # one expert after the other
                 del parts["dit_low"]
-            peaks[stage.name] = sum(parts.values()) + stage.activations
+            read = self._reader if offload and "dit" in parts else 0  # before the step's activations are there
+            peaks[stage.name] = sum(parts.values()) + max(stage.activations - read, 0)
         return peaks
 
     @property

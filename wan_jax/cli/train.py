@@ -18,7 +18,11 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     description = "Train by a recipe. A run that is stopped (Ctrl-C, SIGTERM, --minutes) saves; --resume continues it."
     parser = subparsers.add_parser("train", help="train a model", description=description)
     parser.add_argument("--config", required=True, metavar="FILE", help="recipe, e.g. configs/train_nano.py")
-    parser.add_argument("--model", help="what to train further: a name of `wan-jax models`, a repository or a folder")
+    parser.add_argument(
+        "--model",
+        help="what to train further: a name of `wan-jax models`, a repository or a folder; with train_nano.py: what to"
+        " begin with instead of nothing",
+    )  # fmt: skip
     parser.add_argument("--data", metavar="FOLDER", help="clips (.mp4), captions (.txt) and sound (.wav)")
     parser.add_argument(
         "--i-have-consent", action="store_true", help="every person in the references (NAME.ref1.png) of --data agreed"
@@ -43,13 +47,15 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out or Path("runs") / Path(args.config).stem)
     common = dict(resume=args.resume, minutes=args.minutes, mesh=mesh)
     if kind == "nano":
-        if args.model or args.data:
-            raise InputError(f"{args.config} trains from nothing: leave out --model and --data")
+        if args.data:
+            raise InputError(f"{args.config} draws its own clips: leave out --data")
         from wan_jax.config import NANO
         from wan_jax.evaluate.run import preview
+        from wan_jax.model import load
         from wan_jax.train.nano import train_nano
 
-        train_nano(NANO, settings, out, only=args.only, preview=preview, **common)
+        begin = load(args.model, dtype="float32") if args.model else None
+        train_nano(NANO, settings, out, only=args.only, preview=preview, start=begin, **common)
         return 0
     if args.only:
         raise InputError(f"--only {args.only}: {args.config} has no stages")

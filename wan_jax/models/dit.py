@@ -7,9 +7,10 @@ Source: ``wan/modules/model.py`` of both repositories; parameter names follow th
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +38,28 @@ from wan_jax.parallel import constrain
 
 Array = jax.Array
 
+# What `DiT.read` needs, and nothing after it.
+READER = (
+    "text_embedding", "img_emb", "blocks.cross_attn.k", "blocks.cross_attn.v", "blocks.cross_attn.norm_k",
+    "blocks.cross_attn.k_img", "blocks.cross_attn.v_img", "blocks.cross_attn.norm_k_img",
+)  # fmt: skip
+
 
 def select(values_BED: Array, token_time: Array | None) -> Array:
     """One vector per token out of the one or two of its sample: [B, 1, D], or [B, L, D] that XLA fuses into its use."""
     if token_time is None:
         return values_BED[:, :1]
     return jnp.where(token_time[..., None] == 0, values_BED[:, :1], values_BED[:, 1:2])
+
+
+class Context(NamedTuple):
+    """Keys and values of the text, and of the picture where there is one: the same in all steps of a clip.
+
+    Of one block [B, S, N, K] each; of all blocks [B, layers, S, N, K], see `DiT.read`.
+    """
+
+    text: tuple[Array, Array]
+    image: tuple[Array, Array] | None = None
 
 
 class Attention(nnx.Module):
@@ -70,10 +87,10 @@ class Attention(nnx.Module):
         context_BSD: Array,
         *,
         rope: Rope | None = None,
-        image_BID: Array | None = None,
         tokens: Tokens | None = None,
     ) -> Array:
-        """
+        """Attention to the tokens themselves, or to others.
+
         Args:
             rope: turns queries and keys: these are the same tokens.
             tokens: what the mesh must know of ``x_BLD``; default all of them, on every device.
@@ -82,10 +99,20 @@ class Attention(nnx.Module):
         if rope is not None:
             q = rotate(q, rope)
         keys = None if rope is None else tokens
-        out = self.attend(q, context_BSD, self.k, self.norm_k, self.v, rope, tokens, keys)
-        if image_BID is not None:
-            out = out + self.attend(q, image_BID, self.k_img, self.norm_k_img, self.v_img, None, tokens)
-        return self.o.from_heads(out)
+        return self.o.from_heads(self.attend(q, context_BSD, self.k, self.norm_k, self.v, rope, tokens, keys))
+
+    def read(self, text_BSD: Array, image_BID: Array | None) -> Context:
+        """What `recall` attends to."""
+        text = self.keys_and_values(text_BSD, self.k, self.norm_k, self.v)
+        if image_BID is None:
+            return Context(text)
+        return Context(text, self.keys_and_values(image_BID, self.k_img, self.norm_k_img, self.v_img))
+
+    def recall(self, x_BLD: Array, context: Context, tokens: Tokens) -> Array:
+        """Attention to what was read; ``tokens``: what the mesh must know of ``x_BLD``."""
+        q = self.queries(x_BLD).astype(self.o.kernel.dtype)
+        found = [attend(q, *source, tokens, Tokens(source[0].shape[1])) for source in context if source]
+        return self.o.from_heads(sum(found[1:], start=found[0]))
 
     def queries(self, x_BLD: Array) -> Array:
         """Normalised queries [B, L, N, K], in the dtype of the matrices."""
@@ -108,7 +135,7 @@ class Attention(nnx.Module):
         return attend(q_BLNK.astype(keys.dtype), keys, values, queries_are, keys_are)
 
     def keys_and_values(
-        self, source_BSD: Array, k: Linear, norm_k: RMSNorm, v: Linear, rope: Rope | None
+        self, source_BSD: Array, k: Linear, norm_k: RMSNorm, v: Linear, rope: Rope | None = None
     ) -> tuple[Array, Array]:
         """Both [B, S, N, K], in the dtype of the matrices."""
         keys, values = self._heads(source_BSD, k, norm_k), v.heads(source_BSD, self.num_heads)
@@ -161,14 +188,13 @@ class Block(nnx.Module):
         x_BLD: Array,
         time_BE6D: Array,
         token_time: Array | None,
-        text: Array,
-        image: Array | None,
+        context: Context,
         rope: Rope,
         tokens: Tokens,
     ) -> tuple[Array, dict[str, Array]]:
         modulation = self.modulate(time_BE6D, token_time)
         x_BLD, self_attn = self.attend_to_self(x_BLD, modulation, rope, tokens)
-        cross_attn = self.cross_attn(self.norm3(x_BLD), text, image_BID=image, tokens=tokens)
+        cross_attn = self.cross_attn.recall(self.norm3(x_BLD), context, tokens)
         x_BLD = constrain(self.feed_forward(x_BLD + cross_attn, modulation), "B", "L", None)
         return x_BLD, {"self_attn": self_attn, "cross_attn": cross_attn, "block": x_BLD}
 
@@ -177,8 +203,7 @@ class Block(nnx.Module):
         x_BLD: Array,
         time_BE6D: Array,
         token_time: Array | None,
-        text: Array,
-        image: Array | None,
+        context: Context,
         rope: Rope,
         tokens: Tokens,
         chunk: int,
@@ -215,7 +240,7 @@ class Block(nnx.Module):
             q = rotate(attn.queries(self.normed(part, modulation[:2])), turn).astype(keys.dtype)
             met = attend(q, keys, values, Tokens(chunk), tokens)
             part = part + modulation[2] * attn.o.from_heads(met)
-            part = part + self.cross_attn(self.norm3(part), text, image_BID=image)
+            part = part + self.cross_attn.recall(self.norm3(part), context, Tokens(chunk))
             return put(x_BLD, self.feed_forward(part, modulation), i * chunk)
 
         return jax.lax.fori_loop(0, count, rest, x_BLD)
@@ -305,11 +330,39 @@ class DiT(Trunk):
         if cfg.image_tokens:
             self.img_emb = ImageEmbedding(cfg, dtype=dtype, rngs=rngs)
 
+    def read(self, text_BSC: Array, image_BIC: Array | None = None) -> Context:
+        """Keys and values of all blocks for a prompt's features, and a picture's: once per clip instead of every step.
+
+        Arguments as in `__call__`.
+        """
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), self._read(text_BSC, image_BIC))
+
+    def _read(self, text_BSC: Array, image_BIC: Array | None) -> Context:
+        """The same with the layers first."""
+        text = self.text_embedding(text_BSC)
+        image = self.img_emb(image_BIC) if self.cfg.image_tokens else None
+
+        def layer(cross_attn: Attention, nothing: tuple[()]) -> tuple[tuple[()], Context]:
+            found = cross_attn.read(text, image)
+            return nothing, jax.tree.map(lambda x: constrain(x, "B", None, "N", None), found)
+
+        return apply_stack(self.blocks.cross_attn, (), layer)[1]
+
+    def without_reader(self) -> DiT:
+        """The same network without what `read` needs: a seventh of the weights. It takes a `Context` alone."""
+        network = jax.tree.map(lambda x: x, self)  # a copy
+        for path in READER:
+            *within, name = path.split(".")
+            module = functools.reduce(getattr, within, network)
+            if hasattr(module, name):
+                setattr(module, name, None)
+        return network
+
     def __call__(
         self,
         latents_BTHWC: Array,
         timesteps: Array,
-        text_BSC: Array,
+        text_BSC: Array | Context,
         *,
         condition_BTHWC: Array | None = None,
         image_BIC: Array | None = None,
@@ -324,7 +377,8 @@ class DiT(Trunk):
         Args:
             latents_BTHWC: noisy latents; H and W divisible by the patch.
             timesteps: [B] in 0...1000, or [B, 2] when tokens of one sample have one of two timesteps.
-            text_BSC: umT5 features, zero rows up to ``text_len``: the padding is attended to, as in training.
+            text_BSC: umT5 features, zero rows up to ``text_len``: the padding is attended to, as in training. Or what
+                `read` has made of them, and of ``image_BIC``.
             condition_BTHWC: mask and condition latents, concatenated behind the noisy channels (I2V, FLF2V).
             image_BIC: CLIP features (Wan2.1 I2V: 257 tokens; FLF2V: 514, first image then last).
             token_time: [B or 1, L] int, which of the two timesteps each token has (TI2V: 1 on the clean first frame).
@@ -351,28 +405,32 @@ class DiT(Trunk):
             token_time = even(token_time, 1, chunk)
 
         time_BED, time_BE6D = self.embed_time(timesteps.reshape(x.shape[0], -1).astype(jnp.float32))
-        text = self.text_embedding(text_BSC)
-        image = self.img_emb(image_BIC) if cfg.image_tokens else None
+        was_read = isinstance(text_BSC, Context)
+        beside = jnp.arange(cfg.num_layers) if was_read else self._read(text_BSC, image_BIC)
         cos, sin = rope_table(grid, cfg.head_dim)
         rope = even(cos, 0, chunk), even(sin, 0, chunk)
 
-        def block(module: Block, x: Array) -> tuple[Array, Any]:
+        def block(module: Block, x: Array, context: Any) -> tuple[Array, Any]:
+            if was_read:  # taken out here, so that not all of it is turned at once
+                index = context
+                context = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 1, False), text_BSC)
             if chunk:
-                return module.in_chunks(x, time_BE6D, token_time, text, image, rope, tokens, chunk), None
-            x, out = module(x, time_BE6D, token_time, text, image, rope, tokens)
+                return module.in_chunks(x, time_BE6D, token_time, context, rope, tokens, chunk), None
+            x, out = module(x, time_BE6D, token_time, context, rope, tokens)
             return x, jax.tree.map(lambda x: x[:, : tokens.count], out) if capture else None
 
         def blocks(x: Array) -> tuple[Array, Any]:
-            return apply_stack(self.blocks, x, block, remat=remat)
+            return apply_stack(self.blocks, x, block, beside=beside, remat=remat)
 
         if reuse is None:
             x, out = blocks(x)
         else:
-            x, added = run_or_reuse(lambda x: blocks(x)[0], x, reuse, text.dtype)
+            x, added = run_or_reuse(lambda x: blocks(x)[0], x, reuse, self.patch_embedding.kernel.dtype)
         x = self.head(x, time_BED, token_time)[:, : tokens.count]
         velocity = unpatchify(x, grid, cfg.patch_size)
         if reuse is not None:
             return velocity, added
         if not capture:
             return velocity
-        return velocity, out | {"time_embedding": time_BED, "text_tokens": text, "image_tokens": image, "head": x}
+        out |= {"time_embedding": time_BED, "head": x, "text_tokens": self.text_embedding(text_BSC)}
+        return velocity, out | {"image_tokens": self.img_emb(image_BIC) if cfg.image_tokens else None}

@@ -24,20 +24,23 @@ def init_stack(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nn
 
 
 def apply_stack(
-    stack: nnx.Module, x: Any, fn: Callable[[nnx.Module, Any], tuple[Any, Any]], *, remat: bool = False
+    stack: nnx.Module, x: Any, fn: Callable[..., tuple[Any, Any]], *, beside: Any = None, remat: bool = False
 ) -> tuple[Any, Any]:
     """Run ``x, out = fn(block, x)`` over the blocks; return the last ``x`` and the ``out`` of all, stacked.
 
     Inside the scan, parameters in the memory of the host are moved to the device, and shared ones gathered.
 
     Args:
+        beside: arrays that belong to the blocks and are no parameters, with the same leading axis: a third argument.
         remat: recompute each block in the backward pass instead of keeping its activations.
     """
 
-    def body(x, block):
-        return fn(whole(jax.tree.map(_on_device, block)), x)
+    def body(x, layer):
+        block, *beside = layer
+        return fn(whole(jax.tree.map(_on_device, block)), x, *beside)
 
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, stack)
+    layers = (stack,) if beside is None else (stack, beside)
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, layers)
 
 
 def _on_device(x: jax.Array) -> jax.Array:

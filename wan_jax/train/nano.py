@@ -1,8 +1,9 @@
-"""`wan2.6-nano` from nothing: video VAE, audio VAE, vocoder, and the twin-stream model with its small encoders.
+"""`wan2.6-nano` from nothing: video VAE, audio VAE, image encoder, speech, and the twin-stream model.
 
 Each stage has a folder of its own and ends in ``weights.safetensors``, its averaged parameters; a stage that has them
-is done. Once the encoders are trained, the other stages depend on nothing else and may be trained side by side.
-Everything is drawn, rendered and encoded on the device.
+is done. Two stages prepare the last, as for the large models: the image encoder learns to tell what people look like,
+where those begin with CLIP's; and the sound's stream learns to speak alone, as Ovi's did, for a third of the price of a
+step with the picture. Everything is drawn, rendered and encoded on the device.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from wan_jax.models.fusion import Fusion
 from wan_jax.models.umt5 import UMT5
 from wan_jax.models.vae import VAE
 from wan_jax.models.vocoder import BigVGAN
+from wan_jax.nn.layers import Linear
 from wan_jax.nn.mel import mel_spectrogram
 from wan_jax.text import Tokenizer
 from wan_jax.train import codec
@@ -42,6 +44,8 @@ from wan_jax.train.puppet_feed import (
     PuppetPool,
     audio_examples,
     clips,
+    face_examples,
+    face_loss,
     render_videos,
     to_unit,
     twin_examples,
@@ -62,9 +66,13 @@ NEEDS = {  # stages in the order of training, and those that each builds on; a r
     "audio_vae": (),
     "decoder": ("vae",),
     "vocoder": ("audio_vae",),
-    "twin": ("vae", "audio_vae"),
+    "image_encoder": (),
+    "speech": ("audio_vae",),
+    "twin": ("vae", "audio_vae", "image_encoder", "speech"),
 }
-OPTIONAL = ("decoder", "vocoder")
+OPTIONAL = ("decoder", "vocoder", "image_encoder", "speech")
+CODECS = ("vae", "audio_vae", "decoder", "vocoder")
+_PARTS = ("dit", "vae", "text", "clip", "sound")  # of a specification
 MEASURED = 64  # clips that statistics are taken from
 LEVELS = (0.1, 0.5, 0.8, 0.97)  # noise levels at which the twin model is watched
 
@@ -93,6 +101,7 @@ def train_nano(
     minutes: float | None = None,
     mesh: jax.sharding.Mesh | None = None,
     preview: Callable[[Model, Path], None] | None = None,
+    start: Model | None = None,
 ) -> bool:
     """Train the stages that are not done, and export all weights when the last one is.
 
@@ -103,23 +112,31 @@ def train_nano(
         only: one stage, of `NEEDS`: for several processes that train side by side.
         minutes: of this call.
         preview: writes a clip of the model as it is into ``samples/``, as often as the twin model is watched.
+        start: a model of this kind to go on from: its codecs are kept, and all else begins with its weights.
     Returns:
         Whether everything is done.
     """
     if only and only not in NEEDS:
         raise InputError(f"stage {only!r}: use {', '.join(NEEDS)}{nearest(only, NEEDS)}")
+    if start and (others := [part for part in _PARTS if getattr(start.spec, part) != getattr(spec, part)]):
+        raise InputError(
+            f"{start.spec.name} has another {', '.join(others)} than {spec.name}: begin with one of its kind"
+        )
     if "vocoder" in settings:
         spec = dataclasses.replace(spec, sound=dataclasses.replace(spec.sound, vocoder=NANO_VOCODER))
     folder, begin = Path(folder), time.monotonic()
     write_tokenizer(folder / "tokenizer")
-    done: dict[str, Any] = {}
-    for name in (*NEEDS[only], only) if only else (name for name in NEEDS if name in settings or name not in OPTIONAL):
+    done = {part: getattr(start, part) for part in (*_CODED, *_MADE)} if start else {}
+    wanted = [name for name in NEEDS if (name in settings or name not in OPTIONAL) and not (start and name in CODECS)]
+    for name in [*(name for name in wanted if name in NEEDS[only]), only] if only else wanted:
         weights = folder / name / "weights.safetensors"
         if weights.exists():
             done |= _read(weights, spec)
             continue
         if only and name != only:
             raise InputError(f"{only} builds on {name}, and {weights} is not there: train that stage first")
+        if name not in settings:
+            raise InputError(f"this recipe has no settings for the stage {name}: give it some, see configs/")
         own = dict(settings[name])
         recipe = Recipe(**{"steps": 1} | {field.name: own.pop(field.name) for field in _fields(Recipe, own)})
         stage = _STAGES[name](spec, own, done, folder, settings.get("dtype", "float32"), recipe)
@@ -130,7 +147,7 @@ def train_nano(
         if left is not None and left <= 0:
             return False
         watch = dataclasses.replace(Watch(**settings.get("watch", {})), minutes=left)
-        if preview and stage.sample:
+        if preview and name == "twin":
             stage = stage._replace(sample=functools.partial(_sample_and_show, stage, spec, done, folder, preview))
         log.info("stage %s", name)
         networks, trained = stage.networks, set(stage.networks)
@@ -261,6 +278,33 @@ def _audio_vae(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str,
     return Stage(task, networks, Nothing(), trains=lambda path: ".data_" not in path, finish=finish)
 
 
+def _image_encoder(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str, recipe: Recipe) -> Stage:
+    """Trained by reading from its tokens what the renderer has drawn."""
+    seen = jax.eval_shape(functools.partial(face_examples, None, None, batch=1), jax.random.key(0))["seen"].shape[1]
+
+    def reader() -> Linear:
+        return Linear(spec.clip.dim, seen, rngs=nnx.Rngs(recipe.seed))
+
+    networks = {"image_encoder": _begin("image_encoder", spec, done, recipe.seed), "reader": _new(reader)}
+    task = Task(
+        {name: abstract(lambda x=x: x) for name, x in networks.items()},
+        functools.partial(face_examples, batch=recipe.batch),
+        face_loss,
+    )
+    return Stage(task, networks, Nothing(), finish=lambda networks: {"image_encoder": networks["image_encoder"]})
+
+
+def _speech(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str, recipe: Recipe) -> Stage:
+    """The sound's stream, its adapter and the text encoder, without the picture."""
+    stage = _flow(("dit", "text_encoder"), ("audio_vae",), spec, own, done, folder, dtype, recipe)
+    return stage._replace(trains=is_speech)
+
+
+def is_speech(path: str) -> bool:
+    """Whether a parameter takes part when the sound's stream runs alone."""
+    return path.startswith(("text_encoder.", "dit.audio.", "dit.voice_adapter.")) and "_fusion" not in path
+
+
 def _vocoder(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str, recipe: Recipe) -> Stage:
     def make() -> BigVGAN:
         return BigVGAN(spec.sound.vocoder, rngs=nnx.Rngs(recipe.seed))
@@ -275,13 +319,23 @@ def _vocoder(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str, r
 
 
 def _twin(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str, recipe: Recipe) -> Stage:
-    makes = {
-        "dit": lambda: Fusion(spec.dit, rngs=nnx.Rngs(recipe.seed)),
-        "text_encoder": lambda: UMT5(spec.text, rngs=nnx.Rngs(recipe.seed + 1)),
-        "image_encoder": lambda: CLIPVision(spec.clip, rngs=nnx.Rngs(recipe.seed + 2)),
-    }
+    return _flow(_MADE, _CODED, spec, own, done, folder, dtype, recipe)
+
+
+def _flow(
+    parts: tuple[str, ...],
+    coded: tuple[str, ...],
+    spec: ModelSpec,
+    own: dict,
+    done: dict,
+    folder: Path,
+    dtype: str,
+    recipe: Recipe,
+) -> Stage:
+    """Flow matching of what the codecs make of clips."""
     words = Words(Tokenizer.from_folder(folder / "tokenizer"), spec.dit.text_len)
-    coders = {name: done[name] for name in ("vae", "audio_vae")}
+    coders = {name: done[name] for name in coded}
+    frames = (spec.num_frames - 1) // spec.vae.temporal_stride + 1
     pool = functools.partial(PuppetPool, coders, spec, words)
     draw = functools.partial(
         twin_examples,
@@ -289,38 +343,62 @@ def _twin(spec: ModelSpec, own: dict, done: dict, folder: Path, dtype: str, reci
         words=words,
         levels=Levels(**own.pop("levels")),
         dropout=Dropout(**own.pop("dropout")),
-        first_frame=own.pop("first_frame"),
+        first_frame=own.pop("first_frame", 0.0),
     )
-    networks = {name: build(name, spec, jnp.dtype(dtype)) for name in makes}
-    task = Task(networks, draw, functools.partial(twin_loss, remat=recipe.remat))
+    networks = {name: build(name, spec, jnp.dtype(dtype)) for name in parts}
+    task = Task(networks, draw, functools.partial(twin_loss, frames=frames, remat=recipe.remat))
     unseen = pool(size=own.pop("unseen"), refresh=recipe.steps + 1, seed=recipe.seed + 1, split="test")
     feed = pool(size=own.pop("pool"), refresh=own.pop("refresh"), kinds=tuple(own.pop("kinds")), seed=recipe.seed)
 
     def sample(step: int, ema: Flat, frozen: Flat) -> dict[str, float]:
-        return unseen_losses(assemble(task, ema, frozen), unseen, words)
+        return unseen_losses(assemble(task, ema, frozen), unseen, words, frames)
 
-    return Stage(task, {name: _new(make) for name, make in makes.items()}, feed, sample=sample)
+    begun = {name: _begin(name, spec, done, recipe.seed + k) for k, name in enumerate(parts)}
+    return Stage(task, begun, feed, sample=sample)
 
 
-def unseen_losses(networks: dict[str, Any], pool: PuppetPool, words: Words) -> dict[str, float]:
-    """Loss of both streams on people that are held out, at some noise levels; and what the right sound is worth.
+_CODED = ("vae", "audio_vae")
+_MADE = ("dit", "text_encoder", "image_encoder")
 
-    "hears" is how much worse the video's loss is when the sound is another clip's.
+
+def _begin(part: str, spec: ModelSpec, done: dict, seed: int) -> Any:
+    """A network as an earlier stage has left it, in float32; or a new one."""
+    if part in done:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), done[part])
+    kind, cfg = {
+        "dit": (Fusion, spec.dit), "text_encoder": (UMT5, spec.text), "image_encoder": (CLIPVision, spec.clip)
+    }[part]  # fmt: skip
+    return _new(lambda: kind(cfg, rngs=nnx.Rngs(seed)))
+
+
+def unseen_losses(networks: dict[str, Any], pool: PuppetPool, words: Words, frames: int) -> dict[str, float]:
+    """Loss of the streams on people that are held out, at some noise levels; and what the right conditions are worth.
+
+    "reads" is how much worse the sound's loss is when the text is another clip's, "hears" how much worse the video's
+    is when the sound is.
     """
     rows, _ = pool(0, 1)
     empty = dict(zip(("ids", "mask"), words.empty(), strict=True))
     batch = {name: x for name, x in rows.items() if not name.startswith(("ids", "mask"))}
     batch |= {name: rows[f"{name}_plain"].astype(jnp.int32) for name in empty}
     batch |= {f"null_{name}": x for name, x in empty.items()}
-    times = tuple(twin_times(batch).items())
-    key = jax.random.key(0)
-    right = losses_by_level(networks, batch, key, LEVELS, times)
-    wrong = losses_by_level(networks, batch | {"audio": jnp.roll(batch["audio"], 1, axis=0)}, key, LEVELS, times)
-    found = {f"unseen {s} {level}": x[i] for s, x in right.items() for i, level in enumerate(LEVELS)}
-    found |= {f"hears {level}": wrong["video"][i] - right["video"][i] for i, level in enumerate(LEVELS)}
-    return {name: float(x) for name, x in found.items()}
+    times = tuple(twin_times(batch, frames).items())
+
+    def losses(**others: Array) -> dict[str, Array]:
+        return losses_by_level(networks, batch | others, jax.random.key(0), LEVELS, times)
+
+    def next_clips(*names: str) -> dict[str, Array]:
+        return {name: jnp.roll(batch[name], 1, axis=0) for name in names}
+
+    right = losses()
+    found = {f"unseen {s}": x for s, x in right.items()}
+    found["reads"] = losses(**next_clips("ids", "mask"))["audio"] - right["audio"]
+    if "video" in right:
+        found["hears"] = losses(**next_clips("audio"))["video"] - right["video"]
+    return {f"{name} {level}": float(x[i]) for name, x in found.items() for i, level in enumerate(LEVELS)}
 
 
 _STAGES = {
-    "vae": _vae, "audio_vae": _audio_vae, "decoder": _decoder, "vocoder": _vocoder, "twin": _twin,
+    "vae": _vae, "audio_vae": _audio_vae, "decoder": _decoder, "vocoder": _vocoder, "image_encoder": _image_encoder,
+    "speech": _speech, "twin": _twin,
 }  # fmt: skip

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from wan_jax.config import ModelSpec
+from wan_jax.models.clip import preprocess
 from wan_jax.models.identity import voice_features
 from wan_jax.nn.mel import mel_spectrogram
 from wan_jax.nn.positions import reference_positions
 from wan_jax.train.flow import Batch, Dropout, Levels, draw_examples, flow_loss
-from wan_jax.train.puppets import world
+from wan_jax.train.puppets import faces, world
 from wan_jax.train.words import Words
 
 Array = jax.Array
@@ -107,21 +108,29 @@ def audio_examples(
     return {"audio": audio, "noise": jax.random.normal(key_noise, (batch, *latents))}
 
 
+def face_examples(shared: Any, own: Any, key: Array, *, batch: int) -> Batch:
+    """Reference pictures, uint8 [B, H, W, 3], and what can be seen in them, [B, n]."""
+    plans, clip = clips(key, batch)
+    seen = jax.vmap(faces.features)(jax.tree.map(lambda x: x[:, 0], plans.people.face))
+    return {"pictures": clip.pictures[:, 0], "seen": seen}
+
+
+def face_loss(networks: dict[str, Any], example: Batch) -> tuple[Array, dict[str, Array]]:
+    """Squared error of what the reader makes of the image encoder's tokens, their mean."""
+    encoder = networks["image_encoder"]
+    tokens = encoder(preprocess(to_unit(example["pictures"]), encoder.cfg.image_size))
+    error = jnp.square(networks["reader"](tokens.mean(1)) - example["seen"]).mean(1)
+    return error, {"seen": error}
+
+
 def encode_clips(codec: dict[str, Any], key: Array, *, spec: ModelSpec, words: Words, people: int, split: str) -> Batch:
     """One chunk of clips as `wan_jax.train.flow.draw_examples` takes them.
 
     Args:
-        codec: "vae" and "audio_vae", anything with ``encode``.
+        codec: "vae" and "audio_vae", anything with ``encode``. Without the first: what the sound alone needs.
     """
     plans, clip = clips(key, CHUNK, people, split)
-    mel, (_, height, width, _) = spec.sound.mel, clip.video.shape[1:]
-    latents = codec["vae"].encode(to_unit(clip.video))
-    frames, rows = latents.shape[1:3]
-    touched = boxes(clip.truth.mouth, rows)  # [B, T, h, w], of every video frame
-    grouped = touched[:, 1:].reshape(CHUNK, frames - 1, -1, rows, rows).any(2)
-    touched = jnp.concatenate([touched[:, :1], grouped], axis=1)
-    pictures = to_unit(clip.pictures).reshape(-1, 1, height, width, 3)
-    references = codec["vae"].encode(pictures)
+    mel = spec.sound.mel
     voices = clip.voices.reshape(-1, clip.voices.shape[-1])
     heard = codec["audio_vae"].encode(mel_spectrogram(voices, mel))
     texts = {
@@ -135,13 +144,25 @@ def encode_clips(codec: dict[str, Any], key: Array, *, spec: ModelSpec, words: W
     }
     tokens = {f"ids_{name}": ids for name, (ids, _) in texts.items()}
     tokens |= {f"mask_{name}": mask for name, (_, mask) in texts.items()}
-    return {name: x.astype(jnp.uint8) for name, x in tokens.items()} | {
-        "video": latents.astype(jnp.bfloat16),
+    encoded = {name: x.astype(jnp.uint8) for name, x in tokens.items()} | {
         "audio": codec["audio_vae"].encode(mel_spectrogram(clip.audio, mel)),
-        "video_references": references.reshape(CHUNK, people, *references.shape[2:]).astype(jnp.bfloat16),
         "audio_references": heard.reshape(CHUNK, -1, heard.shape[-1]),
-        "pictures": clip.pictures,
         "voice": voice_features(clip.voices, mel),
+    }
+    return encoded | _encode_pictures(codec["vae"], clip) if "vae" in codec else encoded
+
+
+def _encode_pictures(vae: Any, clip: world.Clip) -> Batch:
+    latents = vae.encode(to_unit(clip.video))
+    count, frames, rows = latents.shape[:3]
+    touched = boxes(clip.truth.mouth, rows)  # [B, T, h, w], of every video frame
+    grouped = touched[:, 1:].reshape(count, frames - 1, -1, rows, rows).any(2)
+    touched = jnp.concatenate([touched[:, :1], grouped], axis=1)
+    references = vae.encode(to_unit(clip.pictures).reshape(-1, 1, *clip.pictures.shape[2:]))
+    return {
+        "video": latents.astype(jnp.bfloat16),
+        "video_references": references.reshape(*clip.pictures.shape[:2], *references.shape[2:]).astype(jnp.bfloat16),
+        "pictures": clip.pictures,
         "video_weight": jnp.where(touched, MOUTH_TOKENS, 1.0).astype(jnp.bfloat16),
     }
 
@@ -228,7 +249,7 @@ def twin_examples(
 ) -> Batch:
     """Draw a batch from a pool and make it what `flow_loss` takes; half of the captions tell what people look like."""
     key_rows, key_text, key = jax.random.split(key, 3)
-    size = len(rows["video"])
+    size = len(rows["audio"])
     chosen = jax.tree.map(lambda x: x[jax.random.randint(key_rows, (batch,), 0, size)], rows)
     told = jax.random.uniform(key_text, (batch, 1)) < 0.5
     empty = dict(zip(("ids", "mask"), words.empty(), strict=True))
@@ -241,15 +262,17 @@ def twin_examples(
     return draw_examples(key, chosen, levels, dropout, first_frame=first_frame)
 
 
-def twin_loss(networks: dict[str, Any], example: Batch, *, remat: bool = False) -> tuple[Array, dict[str, Array]]:
-    """`flow_loss` with references at the places that belong to them."""
-    return flow_loss(networks, example, times=twin_times(example), remat=remat)
+def twin_loss(
+    networks: dict[str, Any], example: Batch, *, frames: int, remat: bool = False
+) -> tuple[Array, dict[str, Array]]:
+    """`flow_loss` with references at the places that belong to them; ``frames``: latents of a clip."""
+    return flow_loss(networks, example, times=twin_times(example, frames), remat=remat)
 
 
-def twin_times(example: Batch) -> dict[str, tuple[float, ...]]:
+def twin_times(example: Batch, frames: int) -> dict[str, tuple[float, ...]]:
     """Positions in time of both streams of an example, see `wan_jax.sound.reference_times`."""
     clean = example["clean"] if "clean" in example else example
-    people = example["video_references"].shape[1] if "video_references" in example else 0
+    people = example["voice"].shape[1] if "voice" in example else 0
     lengths = [example["audio_references"].shape[1] // people] * people if people else []
-    video, audio, scale = reference_positions(clean["video"].shape[1], clean["audio"].shape[1], people, lengths)
+    video, audio, scale = reference_positions(frames, clean["audio"].shape[1], people, lengths)
     return {"video": tuple(video.tolist()), "audio": tuple((audio * scale).tolist())}

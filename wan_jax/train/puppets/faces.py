@@ -62,6 +62,21 @@ class Pose(NamedTuple):
     brows: Array  # raised by
 
 
+def features(face: Face) -> Array:
+    """What can be seen of a face as [n] numbers of about unit size: attributes, hues as points of a circle."""
+
+    def hue(x: Array) -> list[Array]:
+        return [jnp.cos(2 * jnp.pi * x), jnp.sin(2 * jnp.pi * x)]
+
+    seen = []
+    for name, x in face._asdict().items():
+        seen += hue(x) if name.endswith("hue") else [] if name in ("glasses", "hat") else [2 * x - 1]
+    for x, worn in ((face.glasses, GLASSES), (face.hat, HAT)):
+        there = (x > worn).astype(jnp.float32)
+        seen += [2 * there - 1, *(there * part for part in hue((x - worn) / (1 - worn)))]
+    return jnp.stack(seen)
+
+
 def words(face: Face) -> str:
     """What a person would say about a face, for captions: ``a puppet with red hair, glasses and a blue hat``."""
     parts = [f"{_hue_name(face.hair_hue)} hair"]
