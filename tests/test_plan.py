@@ -284,7 +284,7 @@ def test_the_compiler_of_this_machine_counts_the_same_arguments():
     request = resolve(spec, "a plan", size=(64, 64), num_frames=5, guidance="sequential")
     memory = aot.memory_here(find_device("cpu"), spec, request, None, "float32")
     plan = make_plan(spec, request, find_device("cpu"), dtype="float32")
-    (weights,) = (stage.weights["dit"] for stage in plan.stages if stage.name == "denoise")
+    (weights,) = (stage.weights["dit"] - plan._reader for stage in plan.stages if stage.name == "denoise")
     assert 0 < memory.arguments - weights < 0.1 * weights and 0 < memory.temporaries
 
 
@@ -388,7 +388,7 @@ def test_what_to_change_comes_in_order_of_cost():
 
 
 def test_replicated_weights_are_cut_first():
-    plan = plan_for("wan2.1-t2v-14b", "rtx5090x8", SIZE_720P, axes={"data": 2, "seq": 4}, offload=True)
+    plan = plan_for("wan2.1-t2v-14b", "rtx4090x8", SIZE_720P, axes={"data": 2, "seq": 4}, offload=True)
     options = [option for option, _ in plan.changes()]
     assert options[-1] == "--mesh fsdp=8" and plan.changes()[-1][1].fits
 
