@@ -2,8 +2,8 @@
 
 The captions follow one grammar (`world.prompt`, `wan_jax.captions.structured_caption`), so their tokens are joined from
 tables. Words of the grammar and what puppets can say are whole; everything else is spelled letter by letter. Syllables
-of one token each stand as far from the mark before them as they are from being said first: a text encoder that knows
-distances alone learns their order several times sooner than that of letters.
+of one token each stand as far from the mark before them as they are from being said first, which is all that a text
+encoder with relative positions has to tell their order by.
 
 Axes: ``S`` tokens. A plan is of one clip; `jax.vmap` over plans.
 """
